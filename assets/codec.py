@@ -1,0 +1,234 @@
+"""The tiny world's VAE: Wan 2.2's architecture, trained from scratch on rendered clips. Stage `vae` of build.py.
+
+Images first, because they teach space at a twentieth of a clip's cost (a causal network sees a lone frame with
+its last temporal tap only); then clips of 17 frames, the length that it will be used at: trained on shorter ones
+it falls apart after the second latent frame. Temporal taps start at zero and the time convolutions at
+"repeat the frame", so that the first clip step continues where images ended.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import CONFIGS, CausalConv3d, Resample, WanVAE, write_safetensors  # noqa: E402
+
+# phase: steps, batch, frames, crop, peak learning rate
+PHASES = [
+    ("images", 7000, 16, 1, 64, 1.5e-3),
+    ("clips", 9000, 3, 17, 64, 1e-3),
+]
+KL_WEIGHT = 2e-6  # keeps the latents' scale; small, so that the code stays sharp
+EDGE_WEIGHT = 0.5  # on differences of neighbouring pixels: eyes and lips are edges
+FACE_WEIGHT = 2.0  # extra weight inside the face boxes
+EMA = 0.999
+
+
+def read_clips(folder, cache):
+    """All clips of a folder as uint8 [N, 17, 3, 128, 128] and their face boxes [N, 17, people ≤ 2, 4] (memory map)."""
+    files = sorted(Path(folder).glob("*.mp4"))
+    names = cache.with_suffix(".json")
+    if not (names.exists() and json.loads(names.read_text()) == [f.stem for f in files]):
+        part = cache.with_suffix(".part.npy")
+        frames = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), 17, 3, 128, 128))
+        for i, file in enumerate(tqdm(files, desc="decoding clips")):
+            with av.open(str(file)) as video:
+                clip = np.stack([f.to_ndarray(format="rgb24") for f in video.decode(video=0)])
+            frames[i] = clip.transpose(0, 3, 1, 2)
+        frames.flush()
+        os.replace(part, cache)
+        names.write_text(json.dumps([f.stem for f in files]))
+    boxes = np.zeros((len(files), 17, 2, 4), np.float32)
+    for i, file in enumerate(files):
+        for j, person in enumerate(json.loads(file.with_suffix(".json").read_text())["people"][:2]):
+            boxes[i, :, j] = person["box"]
+    return np.load(cache, mmap_mode="r"), boxes, [f.stem for f in files]
+
+
+def initialise(vae):
+    """Start as a code of single frames: no temporal tap but the last, time convolutions that repeat the frame."""
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d) and module.kernel_size[0] == 3:
+            module.weight.data[:, :, :-1] = 0
+        if isinstance(module, Resample) and hasattr(module, "time_conv"):
+            weight = module.time_conv.weight.data.zero_()
+            eye = torch.eye(weight.shape[1])[:, :, None, None]
+            weight[:, :, -1] = eye.repeat(weight.shape[0] // weight.shape[1], 1, 1, 1)
+            module.time_conv.bias.data.zero_()
+    for block in vae.modules():
+        if hasattr(block, "residual"):
+            block.residual[-1].weight.data.mul_(0.3)
+
+
+def batch_of(clips, boxes, rng, size, frames, crop):
+    """Random crops [B, 3, T, crop, crop] in [-1, 1], half of them around a face, and the weight of each pixel."""
+    video, weight = [], []
+    for _ in range(size):
+        i, t = rng.integers(len(clips)), rng.integers(17 - frames + 1)
+        box = boxes[i, t + frames // 2, rng.integers(2)]
+        if rng.random() < 0.7 and box[2] > 0:
+            cx, cy = rng.uniform(box[0], box[2]), rng.uniform(box[1], box[3])
+        else:
+            cx, cy = rng.uniform(0, 128, 2)
+        x0, y0 = (int(np.clip(c - crop / 2, 0, 128 - crop)) for c in (cx, cy))
+        piece = np.ascontiguousarray(clips[i, t : t + frames, :, y0 : y0 + crop, x0 : x0 + crop])
+        inside = np.zeros((frames, crop, crop), np.float32)
+        for k in range(frames):
+            for a, b, c, d in boxes[i, t + k]:
+                a, c = np.clip([a - x0, c - x0], 0, crop).astype(int)
+                b, d = np.clip([b - y0, d - y0], 0, crop).astype(int)
+                inside[k, b:d, a:c] = 1
+        if rng.random() < 0.5:
+            piece, inside = piece[..., ::-1].copy(), inside[..., ::-1].copy()
+        video.append(torch.from_numpy(piece))
+        weight.append(torch.from_numpy(inside))
+    video = torch.stack(video).transpose(1, 2).float() / 127.5 - 1
+    weight = 1 + FACE_WEIGHT * torch.stack(weight)[:, None]
+    return video, weight / weight.mean()
+
+
+def reconstruction_loss(output, video, weight):
+    error = output - video
+    loss = (weight * (error.abs() + 4 * error.square())).mean()
+    for axis in (-1, -2):
+        loss = loss + EDGE_WEIGHT * (weight.narrow(axis, 1, error.shape[axis] - 1) * error.diff(dim=axis).abs()).mean()
+    return loss
+
+
+def learning_rate(step):
+    """Warm-up, then cosine to a tenth within each phase; the last phase goes to a fiftieth."""
+    for i, (_, steps, *_, peak) in enumerate(PHASES):
+        if step < steps:
+            floor = 0.02 if i == len(PHASES) - 1 else 0.3
+            return peak * min(1, (step + 1) / 200) * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * step / steps)))
+        step -= steps
+    return 0.0
+
+
+def psnr(error):
+    """dB for an error in [-1, 1] units."""
+    return float(-10 * torch.log10((error / 2).square().mean()))
+
+
+@torch.no_grad()
+def evaluate(vae, clips, count=60):
+    """PSNR (dB) over held-out clips: all frames' mean square error, and by latent frame."""
+    index = np.linspace(0, len(clips) - 1, count).astype(int)
+    square = torch.zeros(17)
+    for i in index:
+        video = torch.from_numpy(np.array(clips[i])).transpose(0, 1)[None].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            output = vae.decode(vae.encode(video))
+        square += (output.float().clamp(-1, 1) - video).div(2).square().mean((0, 1, 3, 4)) / count
+    by_frame = -10 * torch.log10(square)
+    return float(-10 * torch.log10(square.mean())), [round(float(x), 1) for x in by_frame[[0, 1, 4, 5, 8, 12, 16]]]
+
+
+def linear_yardstick(clips, held_out, stride=(4, 8, 8), components=48, patches=60000):
+    """PSNR (dB) of the linear code with as many components: PCA of pixel patches, frames 1..16 of held-out clips."""
+    t, s, _ = stride
+    rng = np.random.default_rng(0)
+
+    def patches_of(array, i):
+        x = torch.from_numpy(np.array(array[i, 1:])).float() / 127.5 - 1  # [16, 3, 128, 128]
+        x = x.view(16 // t, t, 3, 128 // s, s, 128 // s, s).permute(0, 3, 5, 1, 2, 4, 6)
+        return x.reshape(-1, t * 3 * s * s)
+
+    sample = torch.cat([patches_of(clips, i) for i in rng.choice(len(clips), patches // 1024 * 2)])
+    mean = sample.mean(0)
+    _, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean))
+    basis = vectors[:, -components:]
+    square = []
+    for i in np.linspace(0, len(held_out) - 1, 60).astype(int):
+        x = patches_of(held_out, i) - mean
+        square.append((x - x @ basis @ basis.T).div(2).square().mean())
+    return float(-10 * torch.log10(torch.stack(square).mean()))
+
+
+def train(work, out, threads=2):
+    """Train, resuming from work/vae/state.pt if there is one; writes out/vae.safetensors."""
+    torch.set_num_threads(threads)
+    work = Path(work)
+    folder = work / "vae"
+    folder.mkdir(parents=True, exist_ok=True)
+    clips, boxes, _ = read_clips(work / "clips/train", work / "train.npy")
+    held_out, _, _ = read_clips(work / "clips/heldout", work / "heldout.npy")
+    torch.manual_seed(0)
+    vae = WanVAE(CONFIGS["tiny"].vae)
+    initialise(vae)
+    ema = WanVAE(CONFIGS["tiny"].vae).requires_grad_(False)
+    ema.load_state_dict(vae.state_dict())
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-3)
+    start, state = 0, folder / "state.pt"
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        vae.load_state_dict(saved["vae"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    else:
+        with open(folder / "log.jsonl", "a") as log:
+            print(json.dumps(dict(linear_code_psnr=linear_yardstick(clips, held_out))), file=log)
+    total = sum(phase[1] for phase in PHASES)
+    bar = tqdm(range(start, total), initial=start, total=total, desc="vae", mininterval=5)
+    for step in bar:
+        ahead = step
+        for phase, steps, size, frames, crop, _ in PHASES:
+            if ahead < steps:
+                break
+            ahead -= steps
+        rng = np.random.default_rng([7, step])
+        video, weight = batch_of(clips, boxes, rng, size, frames, crop)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = vae.moments(video)
+            mean, logvar = mean.float(), logvar.float().clamp(-14, 4)
+            latent = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+            output = vae.decode(latent).float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = reconstruction_loss(output, video, weight) + KL_WEIGHT * kl
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        if torch.isfinite(norm):
+            optimizer.step()
+        keep = min(EMA, (step + 1) / (step + 20))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - keep)
+        if step % 20 == 0:
+            bar.set_postfix(phase=phase, psnr=f"{psnr((output - video).detach()):.1f}", kl=f"{float(kl):.1f}")
+        if (step + 1) % 500 == 0 or step + 1 == total:
+            snapshot = dict(vae=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            torch.save(snapshot, folder / "state.part")
+            os.replace(folder / "state.part", state)
+            score, by_frame = evaluate(ema, held_out, 24)
+            with open(folder / "log.jsonl", "a") as log:
+                row = dict(step=step + 1, held_out_psnr=round(score, 2), by_frame=by_frame, lr=learning_rate(step))
+                print(json.dumps(row), file=log)
+    finish(ema, clips, out)
+
+
+@torch.no_grad()
+def finish(vae, clips, out):
+    """Measure the latents' mean and standard deviation per channel and write the weights as fp16."""
+    latents = []
+    for i in np.linspace(0, len(clips) - 1, 200).astype(int):
+        video = torch.from_numpy(np.array(clips[i])).transpose(0, 1)[None].float() / 127.5 - 1
+        latents.append(vae.moments(video)[0])
+    latents = torch.cat(latents)
+    scale = {k: json.dumps([round(float(x), 5) for x in v]) for k, v in
+             (("mean", latents.mean((0, 2, 3, 4))), ("std", latents.std((0, 2, 3, 4))))}  # fmt: skip
+    weights = {k: v.half().contiguous() for k, v in vae.state_dict().items()}
+    write_safetensors(weights, Path(out) / "vae.safetensors", scale)
+
+
+if __name__ == "__main__":
+    train(Path(__file__).parent / "build", Path(__file__).parent)

@@ -1,0 +1,180 @@
+"""From a folder of clips with captions to a training set: detect, filter, embed the faces, encode, cache.
+
+    python data.py CLIPS --out DIR
+
+CLIPS holds videos with their captions beside them (a.mp4, a.txt); sub-folders `train` and `heldout`, where there
+are such, say which clips are never trained on, otherwise --split holds a share out. DIR receives index.jsonl (a
+line a kept clip), rejected.jsonl (a line a refused clip, with the reason) and cache/*.safetensors (per clip: the
+pool of face embeddings, the first frame's latent, the prompt's context). train.py and eval.py read DIR only.
+
+The paper's filters (arXiv 2510.14255): the largest face at most 100 px a side in every frame, a face in at least
+40 % of the frames; the embedding of every frame with a face is kept: they are the pool that FSM compares with.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from model import ASSETS, CONFIGS, UserError, load_model, write_safetensors
+from reward import FaceReward
+from sample import fit, latent_size, option, parse_options, read_video, run, to_tensor
+
+SPLITS = ("train", "heldout")
+
+
+class Clips:
+    """A split of the training set that `python data.py` made, on `device`.
+
+    len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w], context [B, L, text_dim] (zero-padded),
+    pool [B, F, 512], pool_mask [B, F] bool, caption (a list), and latent [B, z, F', h, w] where the set was made
+    with --latents; `video(row)` the true clip, uint8 [F, H, W, 3]. UserError where the folder is no such set.
+    """
+
+    def __init__(self, folder, split, device="cpu"):
+        self.folder, self.device = Path(folder), device
+        index = self.folder / "index.jsonl"
+        if not index.is_file():
+            raise UserError(f"--data {folder}: no index.jsonl in it; make the set with: python data.py CLIPS --out {folder}")
+        rows = [json.loads(line) for line in index.read_text().splitlines()]
+        self.rows = [row for row in rows if row["split"] == split]
+        if not self.rows:
+            raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def spread(self, count):
+        """At most `count` row numbers, evenly spread, so that they cover as many identities as they can."""
+        return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(count, len(self))).round()})
+
+    def batch(self, rows):
+        cached = [load_file(self.folder / self.rows[r]["cache"]) for r in rows]
+        length = max(c["context"].shape[0] for c in cached)
+        batch = {"context": torch.stack([F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached])}
+        names = ("first", "pool", "latent") if all("latent" in c for c in cached) else ("first", "pool")
+        batch |= {name: torch.stack([c[name].float() for c in cached]) for name in names}
+        batch["pool_mask"] = torch.stack([c["pool_mask"].bool() for c in cached])
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        batch["caption"] = [self.rows[r]["caption"] for r in rows]
+        return batch
+
+    def video(self, row):
+        row = self.rows[row]
+        frames, _ = read_video(self.folder / row["video"])
+        return np.stack([fit(Image.fromarray(f), row["size"]) for f in frames[: row["frames"]]])
+
+
+@dataclass
+class DataOptions:
+    clips: str = option("", "folder of videos with captions: a.mp4 and a.txt")
+    out: str = option("", "folder to make")
+    model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
+    ckpt: str = option("", "folder with the model's weights; tiny ships its own")
+    faces: str = option(str(ASSETS), "folder with detector.onnx and arcface.safetensors")
+    frames: int | None = option(None, "frames of a clip, 4n+1, counted from its start; default: the preset's")
+    size: tuple[int, int] | None = option(None, "HxW in pixels, covered and centre-cropped; default: the preset's")
+    max_face: float = option(100.0, "largest side in pixels that a clip's largest face may have in any frame")
+    coverage: float = option(0.4, "smallest share of frames that show a face")
+    people: int = option(1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)")
+    split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
+    latents: bool = option(False, "cache the whole clip's latent too, as --objective sft needs")
+
+
+def judge(wan, reward, path, options, frames, size):
+    """One clip: (row of the index, tensors to cache), or (reason why it is refused, None)."""
+    caption = path.with_suffix(".txt")
+    if not caption.is_file() or not caption.read_text().strip():
+        return f"no caption: {caption.name} is missing or empty", None
+    try:
+        video, fps = read_video(path)
+    except UserError as error:
+        return str(error), None
+    if len(video) < frames:
+        return f"{len(video)} frames, {frames} are needed", None
+    video = to_tensor(np.stack([fit(Image.fromarray(f), size) for f in video[:frames]]))
+    device = next(wan.vae.parameters()).device
+    video = video.to(device)
+    with torch.no_grad():
+        info = reward.look(video)
+        seen = info["mask"][0]
+        coverage = float(seen.float().mean())
+        side = info["boxes"][0][seen]
+        side = float((side[:, 2:] - side[:, :2]).max()) if len(side) else 0.0
+        crowd = float((info["count"][0] > options.people).float().mean())
+        if coverage < options.coverage:
+            return f"a face in {coverage:.0%} of the frames, {options.coverage:.0%} are needed", None
+        if side > options.max_face:
+            return f"a face of {side:.0f} px, at most {options.max_face:.0f} are allowed", None
+        if crowd > 0.1:
+            return f"more than {options.people} face(s) in {crowd:.0%} of the frames", None
+        try:
+            context = wan.encode_text([caption.read_text()])[0]
+        except UserError as error:
+            return str(error), None
+        length = int((context != 0).any(1).sum())
+        tensors = dict(
+            first=wan.vae.encode(video[:, :, :1])[0],
+            context=context[:length],
+            pool=info["embeddings"][0],
+            pool_mask=seen.byte(),
+        )
+        if options.latents:
+            tensors["latent"] = wan.vae.encode(video)[0]
+    row = dict(
+        caption=caption.read_text().strip(), frames=frames, size=list(size), fps=fps,
+        coverage=round(coverage, 3), face=round(side, 1),
+    )  # fmt: skip
+    return row, {k: v.half().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()}
+
+
+def main():
+    options = parse_options(DataOptions, doc=__doc__, positional=("clips",))
+    source, out = Path(options.clips), Path(options.out)
+    if not options.out:
+        raise UserError("--out DIR is needed: the folder to make")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists and is not empty; name another folder")
+    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"))
+    if not files:
+        raise UserError(f"{source}: no video in it (.mp4, .mov, .mkv, .webm, .avi)")
+    if options.model not in CONFIGS:
+        raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
+    preset = CONFIGS[options.model]
+    frames, size = options.frames or preset.frames, options.size or preset.size
+    latent_size(preset, frames, size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wan = load_model(options.model, options.ckpt, device)
+    reward = FaceReward.from_folder(options.faces, device)
+    named = all(p.relative_to(source).parts[0] in SPLITS for p in files)
+    held = set(np.random.default_rng(0).permutation(len(files))[: round(options.split * len(files))])
+    (out / "cache").mkdir(parents=True)
+    kept = 0
+    with open(out / "index.part", "w") as index, open(out / "rejected.jsonl", "w") as rejected:
+        for i, path in enumerate(tqdm(files, desc="clips")):
+            name = path.relative_to(source).with_suffix("")
+            row, tensors = judge(wan, reward, path, options, frames, size)
+            if tensors is None:
+                print(json.dumps(dict(clip=str(path.relative_to(source)), reason=row)), file=rejected, flush=True)
+                continue
+            split = name.parts[0] if named else SPLITS[i in held]
+            cache = Path("cache") / ("_".join(name.parts) + ".safetensors")
+            write_safetensors(tensors, out / cache)
+            where = dict(clip=str(name), split=split, video=os.path.relpath(path, out), cache=str(cache))
+            print(json.dumps(where | row), file=index, flush=True)
+            kept += 1
+    (out / "index.part").replace(out / "index.jsonl")
+    print(f"{out}: {kept} clips kept, {len(files) - kept} refused (reasons in {out / 'rejected.jsonl'})")
+    if not kept:
+        raise UserError(f"no clip of {source} passed the filters; see {out / 'rejected.jsonl'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,889 @@
+"""The networks of Wan 2.2 image-to-video, by hand: DiT, causal VAE, UMT5 encoder, LoRA, presets, checkpoints.
+
+What is unusual in them:
+- DiT: one timestep per latent frame (the given first frame sits at t = 0 among noisy ones), so modulations
+  are [B, F', 6, dim] and broadcast over a frame's tokens; q/k RMS-norm over the whole width; affine norm
+  before cross-attention; 3-D rotary embedding; modulation, norms and the residual stream in fp32.
+- VAE: causal in time; the first frame is coded alone, then four frames to a latent frame. A module keeps no
+  state: what a causal convolution must remember of the last chunk goes in and out as a list of tensors, so any
+  chunking of a clip gives the same values and checkpointing is safe.
+- UMT5: a relative position bias in every layer, no scaling of q.
+
+Attribute names are the released checkpoints' native ones, so `state_dict()` is the native layout. The behaviour
+is that of github.com/Wan-Video/Wan2.2 (wan/modules); `tiny` differs from `wan5b` in numbers only.
+"""
+
+import contextlib
+import html
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+class UserError(Exception):
+    """A mistake that the person at the terminal can mend; the programs print its one line and exit with 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configurations. Field names are those of the released config.json.
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    dim: int = 3072
+    ffn_dim: int = 14336
+    num_heads: int = 24
+    num_layers: int = 30
+    in_dim: int = 48
+    out_dim: int = 48
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    dim: int = 160
+    dec_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 2
+    mean: tuple[float, ...] = field(default=(), repr=False)  # per latent channel; empty: 0
+    std: tuple[float, ...] = field(default=(), repr=False)  # per latent channel; empty: 1
+
+    @property
+    def stride(self):
+        """Pixels to a latent cell: (time, height, width)."""
+        side = self.patch_size * 2 ** len(self.temporal_downsample)
+        return 2 ** sum(self.temporal_downsample), side, side
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    vocab_size: int = 256384
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model's three networks and how it is sampled by default."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    text: UMT5Config
+    fps: int
+    frames: int  # 4n + 1
+    size: tuple[int, int]  # height, width
+    shift: float  # of the noise schedule
+    steps: int
+    cfg: float  # classifier-free guidance; 1 = off
+    boundary: float | None = None  # sigma at which the low-noise expert takes over (A14B)
+    folder: Path | None = None  # where its weights are, if they ship with the repo
+
+
+# fmt: off
+WAN22_MEAN = (
+    -.2289, -.0052, -.1323, -.2339, -.2799,  .0174,  .1838,  .1557, -.1382,  .0542,  .2813,  .0891,
+     .1570, -.0098,  .0375, -.1825, -.2246, -.1207, -.0698,  .5109,  .2665, -.2108, -.2158,  .2502,
+    -.2055, -.0322,  .1109,  .1567, -.0729,  .0899, -.2799, -.1230, -.0313, -.1649,  .0117,  .0723,
+    -.2839, -.2083, -.0520,  .3748,  .0152,  .1957,  .1433, -.2944,  .3573, -.0548, -.1681, -.0667)
+WAN22_STD = (
+     .4765, 1.0364,  .4514, 1.1677,  .5313,  .4990,  .4818,  .5013,  .8158, 1.0344,  .5894, 1.0901,
+     .6885,  .6165,  .8454,  .4978,  .5759,  .3523,  .7135,  .6804,  .5833, 1.4146,  .8986,  .5659,
+     .7069,  .5338,  .4889,  .4917,  .4069,  .4999,  .6866,  .4093,  .5709,  .6065,  .6415,  .4944,
+     .5726, 1.2042,  .5458, 1.6887,  .3971, 1.0600,  .3943,  .5537,  .5444,  .4089,  .7468,  .7744)
+WAN21_MEAN = (
+    -.7571, -.7089, -.9113,  .1075, -.1745,  .9653, -.1517, 1.5508,
+     .4134, -.0715,  .5517, -.3632, -.1922, -.9497,  .2503, -.2921)
+WAN21_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+
+CONFIGS = {
+    "tiny": Preset(
+        dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=7, freq_dim=128, text_dim=128, text_len=32),
+        vae=VAEConfig(dim=24, dec_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
+        text=UMT5Config(dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2, vocab_size=512),
+        fps=8, frames=17, size=(128, 128), shift=5.0, steps=8, cfg=1.0, folder=ASSETS,
+    ),
+    "wan5b": Preset(
+        dit=DiTConfig(), vae=VAEConfig(mean=WAN22_MEAN, std=WAN22_STD), text=UMT5Config(),
+        fps=24, frames=121, size=(704, 1280), shift=5.0, steps=50, cfg=5.0,
+    ),
+    "wan14b": Preset(
+        dit=DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16),
+        vae=VAEConfig(dim=96, dec_dim=96, z_dim=16, temporal_downsample=(False, True, True), patch_size=1,
+                      mean=WAN21_MEAN, std=WAN21_STD),
+        text=UMT5Config(),
+        fps=16, frames=81, size=(480, 832), shift=5.0, steps=40, cfg=3.5, boundary=0.9,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# UMT5 encoder
+
+
+class T5LayerNorm(nn.Module):
+    """RMS-norm, computed in fp32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x * scale).type_as(self.weight)
+
+
+class T5RelativeEmbedding(nn.Module):
+    """The bias that a layer adds to its attention logits, by the distance of two tokens."""
+
+    def __init__(self, num_buckets, num_heads, max_distance=128):
+        super().__init__()
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+
+    def forward(self, length):
+        position = torch.arange(length, device=self.embedding.weight.device)
+        offset = position[None] - position[:, None]
+        half = self.num_buckets // 2  # one half for tokens before, one for tokens after
+        exact = half // 2  # near distances have a bucket each, far ones share them logarithmically
+        distance = offset.abs()
+        far = (distance.clamp(min=1) / exact).log() / math.log(self.max_distance / exact) * (half - exact)
+        bucket = torch.where(distance < exact, distance, (exact + far.long()).clamp(max=half - 1))
+        bucket = bucket + (offset > 0) * half
+        return self.embedding(bucket).permute(2, 0, 1)[None]  # [1, heads, L, L]
+
+
+class T5Attention(nn.Module):
+    def __init__(self, dim, dim_attn, num_heads):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(dim, dim_attn, bias=False) for _ in range(3))
+        self.o = nn.Linear(dim_attn, dim, bias=False)
+        self.num_heads = num_heads
+
+    def forward(self, x, bias):
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.type_as(q), scale=1.0)
+        return self.o(x.transpose(1, 2).flatten(2))
+
+
+class T5FeedForward(nn.Module):
+    def __init__(self, dim, dim_ffn):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
+        self.fc1 = nn.Linear(dim, dim_ffn, bias=False)
+        self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class T5Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = T5LayerNorm(cfg.dim)
+        self.attn = T5Attention(cfg.dim, cfg.dim_attn, cfg.num_heads)
+        self.norm2 = T5LayerNorm(cfg.dim)
+        self.ffn = T5FeedForward(cfg.dim, cfg.dim_ffn)
+        self.pos_embedding = T5RelativeEmbedding(cfg.num_buckets, cfg.num_heads)
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.norm1(x), self.pos_embedding(x.shape[1]) + mask)
+        return x + self.ffn(self.norm2(x))
+
+
+class UMT5(nn.Module):
+    """Text encoder: `ids` [B, L] and `mask` [B, L] (1 = token, 0 = padding) to a context [B, L, dim], padding zero.
+
+    Initial weights follow T5 (unit-variance logits without a scale on q). Source: wan/modules/t5.py.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.blocks = nn.ModuleList(T5Block(cfg) for _ in range(cfg.num_layers))
+        self.norm = T5LayerNorm(cfg.dim)
+        for block in self.blocks:
+            nn.init.normal_(block.attn.q.weight, std=(cfg.dim * cfg.dim_attn) ** -0.5)
+            for layer in (block.attn.k, block.attn.v, block.ffn.gate[0], block.ffn.fc1):
+                nn.init.normal_(layer.weight, std=cfg.dim**-0.5)
+            nn.init.normal_(block.attn.o.weight, std=cfg.dim_attn**-0.5)
+            nn.init.normal_(block.ffn.fc2.weight, std=cfg.dim_ffn**-0.5)
+            nn.init.normal_(block.pos_embedding.embedding.weight, std=(2 * cfg.num_buckets * cfg.num_heads) ** -0.5)
+
+    def forward(self, ids, mask):
+        x = self.token_embedding(ids)
+        blocked = (mask[:, None, None] == 0) * torch.finfo(x.dtype).min  # [B, 1, 1, L]
+        for block in self.blocks:
+            x = block(x, blocked)
+        return self.norm(x) * mask[..., None].type_as(x)
+
+
+def tokenize(prompts, tokenizer, text_len):
+    """Prompts (a list of strings) to `ids` and `mask`, both [B, text_len].
+
+    Cleaned as the reference does (HTML entities, white space). Raises UserError where a prompt is longer than
+    `text_len` tokens: cutting it silently would drop what it says last.
+    """
+    ids, mask = torch.zeros(2, len(prompts), text_len, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        clean = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+        tokens = tokenizer.encode(clean).ids
+        if len(tokens) > text_len:
+            raise UserError(f"prompt is {len(tokens)} tokens, the model reads {text_len}; shorten: {clean[:60]!r}...")
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return ids, mask
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VAE: causal 3-D convolutions. `Carry` holds what each causal layer remembers between two chunks of a clip.
+
+
+class Carry:
+    """Walks the list of caches through a network: layers take theirs in order and leave the next chunk's.
+
+    `old` is None at the clip's first chunk. The network returns `new`, a plain list of tensors.
+    """
+
+    def __init__(self, old):
+        self.first, self.old, self.new = old is None, iter(old or ()), []
+
+    def step(self, x, length):
+        """The last `length` frames before x (None at the start); keeps those before the next chunk."""
+        past = None if self.first else next(self.old)
+        seen = x if past is None or x.shape[2] >= length else torch.cat([past, x], 2)
+        tail = seen[:, :, -length:]
+        self.new.append(F.pad(tail, (0, 0, 0, 0, length - tail.shape[2], 0)))
+        return past
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees no future: x [B, C, T, H, W], `past` its last kernel-1 frames or None (zeros)."""
+
+    def forward(self, x, past=None):
+        kernel_t = self.kernel_size[0]
+        pad = (self.kernel_size[2] // 2,) * 2 + (self.kernel_size[1] // 2,) * 2
+        if x.shape[2] == 1 and past is None:  # before the first frame all is zero: only the last tap counts (3x)
+            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad[::2][::-1])[:, :, None]
+        if past is not None:
+            x = torch.cat([past.type_as(x), x], 2)
+        elif kernel_t > 1:
+            x = F.pad(x, (0, 0, 0, 0, kernel_t - 1, 0))
+        return F.conv3d(x, self.weight, self.bias, self.stride, (0, *pad[::2][::-1]))
+
+
+class RMS_norm(nn.Module):
+    def __init__(self, dim, images=True):
+        super().__init__()
+        self.scale, self.gamma = dim**0.5, nn.Parameter(torch.ones(dim, 1, 1, *([] if images else [1])))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1) * self.scale * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.residual = nn.Sequential(
+            RMS_norm(in_dim, images=False), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3),
+            RMS_norm(out_dim, images=False), nn.SiLU(), nn.Dropout(0.0), CausalConv3d(out_dim, out_dim, 3),
+        )  # fmt: skip
+        self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x, carry):
+        return self.shortcut(x) + causal(self.residual, x, carry)
+
+
+def causal(layers, x, carry):
+    """Run layers of which the causal ones take their past from `carry`."""
+    for layer in layers:
+        x = layer(x, carry.step(x, 2)) if isinstance(layer, CausalConv3d) else layer(x)
+    return x
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention within each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = RMS_norm(dim), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x, carry):
+        B, C, T, H, W = x.shape
+        y = self.to_qkv(self.norm(x.transpose(1, 2).flatten(0, 1)))  # [B T, 3 C, H, W]
+        q, k, v = y.flatten(2).transpose(1, 2).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [B T, H W, C]
+        y = self.proj(y.transpose(1, 2).reshape(B * T, C, H, W))
+        return x + y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Resample(nn.Module):
+    """Halve or double height and width, and time too in the `3d` modes (never the clip's first frame)."""
+
+    def __init__(self, dim, out_dim, mode):
+        super().__init__()
+        self.mode = mode
+        if mode.startswith("up"):
+            self.resample = nn.Sequential(
+                nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1)
+            )
+        else:
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, out_dim, 3, stride=2))
+        if mode == "upsample3d":
+            self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
+        elif mode == "downsample3d":
+            self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x, carry):
+        if self.mode == "upsample3d":
+            first, rest = (x[:, :, :1], x[:, :, 1:]) if carry.first else (x[:, :, :0], x)
+            past = carry.step(rest, 2)  # the first frame is left out: to the time convolution it is zero
+            if rest.shape[2]:
+                rest = self.time_conv(rest, past).unflatten(1, (2, -1))  # [B, 2, C, T, H, W]
+                rest = rest.movedim(1, 3).flatten(2, 3)  # a frame's two halves become neighbours in time
+            x = torch.cat([first, rest], 2)
+        B, T = x.shape[0], x.shape[2]
+        x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, T)).transpose(1, 2)
+        if self.mode == "downsample3d":
+            past = carry.step(x, 1)
+            first = x[:, :, :1] if past is None else x[:, :, :0]
+            rest = x if past is None else torch.cat([past, x], 2)
+            if rest.shape[2] > 1:
+                conv = self.time_conv
+                first = torch.cat([first, F.conv3d(rest, conv.weight, conv.bias, conv.stride)], 2)
+            x = first
+        return x
+
+
+def average_down(x, out_dim, ft, fs):
+    """Space-time to channels, then the mean of neighbouring channels; [B, C, T, H, W] to [B, out, T/ft, H/fs, W/fs]."""
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
+    B, C, T, H, W = x.shape
+    x = x.view(B, C, T // ft, ft, H // fs, fs, W // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(B, out_dim, -1, T // ft, H // fs, W // fs).mean(2)
+
+
+def duplicate_up(x, out_dim, ft, fs, first):
+    """Repeat channels, then channels to space-time; the clip's first frame is not doubled in time."""
+    x = x.repeat_interleave(out_dim * ft * fs * fs // x.shape[1], 1)
+    x = x.unflatten(1, (out_dim, ft, fs, fs)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # [B, out, T, ft, H, fs, W, fs]
+    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return x[:, :, ft - 1 :] if first else x
+
+
+class Down_ResidualBlock(nn.Module):
+    def __init__(self, in_dim, out_dim, num_res_blocks, down, down_time):
+        super().__init__()
+        self.factors = out_dim, 1 + down_time, 1 + down
+        blocks = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks)]
+        if down:
+            blocks.append(Resample(out_dim, out_dim, "downsample3d" if down_time else "downsample2d"))
+        self.downsamples = nn.Sequential(*blocks)
+
+    def forward(self, x, carry):
+        shortcut = average_down(x, *self.factors)
+        for block in self.downsamples:
+            x = block(x, carry)
+        return x + shortcut
+
+
+class Up_ResidualBlock(nn.Module):
+    def __init__(self, in_dim, out_dim, num_res_blocks, up, up_time):
+        super().__init__()
+        self.factors = (out_dim, 1 + up_time, 2) if up else None
+        blocks = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1)]
+        if up:
+            blocks.append(Resample(out_dim, out_dim, "upsample3d" if up_time else "upsample2d"))
+        self.upsamples = nn.Sequential(*blocks)
+
+    def forward(self, x, carry):
+        shortcut = duplicate_up(x, *self.factors, carry.first) if self.factors else 0
+        for block in self.upsamples:
+            x = block(x, carry)
+        return x + shortcut
+
+
+class Encoder3d(nn.Module):
+    """Patchified pixels [B, 3 p², F, H/p, W/p] and caches to (mean, log-variance) [B, 2 z, F', h, w] and caches."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dims = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        down = len(cfg.temporal_downsample)
+        self.conv1 = CausalConv3d(3 * cfg.patch_size**2, dims[0], 3)
+        self.downsamples = nn.Sequential(*(
+            Down_ResidualBlock(a, b, cfg.num_res_blocks, i < down, i < down and cfg.temporal_downsample[i])
+            for i, (a, b) in enumerate(zip(dims, dims[1:]))
+        ))  # fmt: skip
+        self.middle = nn.Sequential(
+            ResidualBlock(dims[-1], dims[-1]), AttentionBlock(dims[-1]), ResidualBlock(dims[-1], dims[-1])
+        )
+        self.head = nn.Sequential(
+            RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 2 * cfg.z_dim, 3)
+        )
+
+    def forward(self, x, caches=None):
+        carry = Carry(caches)
+        x = causal([self.conv1], x, carry)
+        for block in (*self.downsamples, *self.middle):
+            x = block(x, carry)
+        return causal(self.head, x, carry), carry.new
+
+
+class Decoder3d(nn.Module):
+    """Latents [B, z, F', h, w] and caches to patchified pixels [B, 3 p², F, H/p, W/p] and caches."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dims = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
+        up_time = cfg.temporal_downsample[::-1]
+        self.conv1 = CausalConv3d(cfg.z_dim, dims[0], 3)
+        self.middle = nn.Sequential(
+            ResidualBlock(dims[0], dims[0]), AttentionBlock(dims[0]), ResidualBlock(dims[0], dims[0])
+        )
+        self.upsamples = nn.Sequential(*(
+            Up_ResidualBlock(a, b, cfg.num_res_blocks, i < len(up_time), i < len(up_time) and up_time[i])
+            for i, (a, b) in enumerate(zip(dims, dims[1:]))
+        ))  # fmt: skip
+        self.head = nn.Sequential(
+            RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 3 * cfg.patch_size**2, 3)
+        )
+
+    def forward(self, x, caches=None):
+        carry = Carry(caches)
+        x = causal([self.conv1], x, carry)
+        for block in (*self.middle, *self.upsamples):
+            x = block(x, carry)
+        return causal(self.head, x, carry), carry.new
+
+
+class WanVAE(nn.Module):
+    """Wan 2.2's causal video autoencoder. Source: wan/modules/vae2_2.py.
+
+    `encode`: video [B, 3, F, H, W] in [-1, 1], F = 4n+1, to the latent's mean [B, z, 1+n, H/s, W/s], normalised
+    by the config's `mean` and `std`. `decode` inverts it; values are not clamped, so that gradients pass.
+    Raises ValueError where F is not 4n+1 or H, W are no multiples of the stride.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder3d(cfg)
+        self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
+        self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, 1)
+        self.decoder = Decoder3d(cfg)
+        self.set_scale(cfg.mean or [0.0] * cfg.z_dim, cfg.std or [1.0] * cfg.z_dim)
+
+    def set_scale(self, mean, std):
+        """The latents' mean and standard deviation per channel; constants, not in the state_dict (as released)."""
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def moments(self, video):
+        """Mean and log-variance of the unnormalised latent, both [B, z, F', h, w]; what a VAE's own training needs."""
+        ft, fh, fw = self.cfg.stride
+        B, C, T, H, W = video.shape
+        if C != 3 or (T - 1) % ft or H % fh or W % fw:
+            raise ValueError(f"video must be [B, 3, {ft}n+1, {fh}a, {fw}b], got {tuple(video.shape)}")
+        p = self.cfg.patch_size
+        x = video.view(B, 3, T, H // p, p, W // p, p).permute(0, 1, 6, 4, 2, 3, 5)
+        x, _ = self.encoder(x.reshape(B, 3 * p * p, T, H // p, W // p))
+        return self.conv1(x).chunk(2, 1)
+
+    def encode(self, video):
+        return (self.moments(video)[0] - self.mean) / self.std
+
+    def decode_chunk(self, latent, caches=None):
+        """Decode latent frames [B, z, n, h, w] that follow those that `caches` remember; returns pixels and caches."""
+        x, caches = self.decoder(self.conv2((latent * self.std + self.mean).type_as(self.conv2.weight)), caches)
+        p = self.cfg.patch_size
+        x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, 3, F, H/p, p, W/p, p]
+        return x.flatten(5, 6).flatten(3, 4), caches
+
+    def decode(self, latent):
+        return self.decode_chunk(latent)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# DiT
+
+
+def full_precision(x):
+    """fp32 from half types; fp32 and fp64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class WanRMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        y = full_precision(x)
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class WanLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        y = full_precision(x)
+        weight, bias = (None, None) if self.weight is None else (self.weight.type_as(y), self.bias.type_as(y))
+        return F.layer_norm(y, self.normalized_shape, weight, bias, self.eps)
+
+
+def rope_table(grid, head_dim, device):
+    """Cosine and sine [F'·h·w, head_dim/2] of the rotary angles, computed in fp64 over (time, height, width)."""
+    c = head_dim // 2
+    axes = []
+    for i, (n, part) in enumerate(zip(grid, (c - 2 * (c // 3), c // 3, c // 3))):
+        rate = 10000.0 ** -(torch.arange(part, dtype=torch.float64, device=device) / part)
+        angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * rate
+        shape = [1, 1, 1, part]
+        shape[i] = n
+        axes.append(angle.view(shape).expand(*grid, part))
+    angle = torch.cat(axes, -1).flatten(0, 2)
+    return angle.cos(), angle.sin()
+
+
+def rope_apply(x, table):
+    """Rotate neighbouring pairs of x [B, L, heads, head_dim] in at least fp32."""
+    a, b = full_precision(x).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (part.type_as(a)[:, None] for part in table)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+
+
+class WanAttention(nn.Module):
+    """Self-attention (rope given) or attention to the text (context given)."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = WanRMSNorm(dim, eps), WanRMSNorm(dim, eps)
+
+    def forward(self, x, rope=None, context=None):
+        context = x if context is None else context
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))  # [B, L, heads, head_dim]
+        if rope is not None:
+            q, k = rope_apply(q, rope), rope_apply(k, rope)
+        y = F.scaled_dot_product_attention(*(y.to(v.dtype).transpose(1, 2) for y in (q, k, v)))
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class WanAttentionBlock(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        dim = cfg.dim
+        self.norm1 = WanLayerNorm(dim, cfg.eps, elementwise_affine=False)
+        self.self_attn = WanAttention(dim, cfg.num_heads, cfg.eps)
+        self.norm3 = WanLayerNorm(dim, cfg.eps)
+        self.cross_attn = WanAttention(dim, cfg.num_heads, cfg.eps)
+        self.norm2 = WanLayerNorm(dim, cfg.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x, e, rope, context):
+        """x [B, L, dim] in fp32; e [B, F', 6, dim] in fp32; context [B, text_len, dim]."""
+        dtype, frames = context.dtype, e.shape[1]
+        e = (self.modulation + e)[:, :, :, None].unbind(2)  # six of [B, F', 1, dim]
+
+        def per_frame(y):
+            return y.unflatten(1, (frames, -1))  # [B, F', tokens of a frame, dim]
+
+        y = per_frame(self.norm1(x)) * (1 + e[1]) + e[0]
+        y = self.self_attn(y.flatten(1, 2).to(dtype), rope=rope)
+        x = x + (per_frame(y) * e[2]).flatten(1, 2)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context=context)
+        y = per_frame(self.norm2(x)) * (1 + e[4]) + e[3]
+        y = self.ffn(y.flatten(1, 2).to(dtype))
+        return x + (per_frame(y) * e[5]).flatten(1, 2)
+
+
+class Head(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = WanLayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
+        self.head = nn.Linear(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
+
+    def forward(self, x, e):
+        """x [B, L, dim], e [B, F', dim], both fp32."""
+        shift, scale = (self.modulation + e[:, :, None])[:, :, :, None].unbind(2)
+        y = self.norm(x).unflatten(1, (e.shape[1], -1)) * (1 + scale) + shift
+        return self.head(y.flatten(1, 2))
+
+
+class WanDiT(nn.Module):
+    """Wan 2.2's diffusion transformer: the velocity of a noisy latent. Source: wan/modules/model.py.
+
+    x [B, C, F', h, w]; t [B] or [B, F'], 1000·sigma; context [B, L ≤ text_len, text_dim], zero-padded here to
+    text_len; y [B, C_y, F', h, w], joined to x on channels (A14B). Gives the velocity [B, out_dim, F', h, w] in
+    fp32 (fp64 for an fp64 model). Raises ValueError where a size does not fit the config.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        dim = cfg.dim
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, cfg.patch_size, stride=cfg.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanAttentionBlock(cfg) for _ in range(cfg.num_layers))
+        self.head = Head(cfg)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def embed_time(self, t, frames):
+        """The time embedding [B, F', dim] and the six modulations [B, F', 6, dim] of t [B] or [B, F']."""
+        t = t[:, None].expand(-1, frames) if t.dim() == 1 else t
+        half = self.cfg.freq_dim // 2
+        rate = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angle = t.double()[..., None] * rate
+        weight = self.time_embedding[0].weight
+        e = self.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).type_as(weight))
+        return e, self.time_projection(e).unflatten(-1, (6, -1))
+
+    def forward(self, x, t, context, y=None):
+        cfg, p = self.cfg, self.cfg.patch_size
+        x = x if y is None else torch.cat([x, y], 1)
+        B, C, *size = x.shape
+        if C != cfg.in_dim or any(n % k for n, k in zip(size, p)):
+            raise ValueError(f"latent must be [B, {cfg.in_dim}, F', h, w] in multiples of {p}, got {tuple(x.shape)}")
+        if context.shape[1] > cfg.text_len or context.shape[2] != cfg.text_dim:
+            raise ValueError(
+                f"context must be [B, at most {cfg.text_len}, {cfg.text_dim}], got {tuple(context.shape)}"
+            )
+        grid = [n // k for n, k in zip(size, p)]
+        e, modulation = self.embed_time(t, grid[0])
+        dtype = self.patch_embedding.weight.dtype
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).type_as(modulation)  # [B, L, dim]
+        context = F.pad(context.to(dtype), (0, 0, 0, cfg.text_len - context.shape[1]))
+        context = self.text_embedding(context)
+        rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device)
+        for block in self.blocks:
+            x = block(x, modulation, rope, context)
+        x = self.head(x, e).view(B, *grid, *p, cfg.out_dim)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, cfg.out_dim, *size)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA: the tuned weights of a frozen network.
+
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer plus a low-rank update: W x + (alpha/rank) B A x; B starts at zero.
+
+    Source: arXiv 2106.09685. `weight` and `bias` keep their names, so a state_dict holds the native ones.
+    """
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale, self.enabled = alpha / rank, True
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.enabled:
+            return y
+        low = F.linear(F.linear(x, self.lora_A.type_as(x)), self.lora_B.type_as(x))
+        return y + self.scale * low
+
+
+def lora_layers(model):
+    """The LoRA layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def add_lora(model, rank, alpha=None, targets=LORA_TARGETS):
+    """Freeze a model and put a LoRA on every linear layer of its blocks whose name ends in one of `targets`.
+
+    `alpha` defaults to `rank` (scale 1). Returns the new parameters, fp32. Raises ValueError if nothing matches.
+    """
+    model.requires_grad_(False)
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.startswith("blocks.") and any(name.endswith("." + t) for t in targets)
+    ]
+    if not names:
+        raise ValueError(f"no linear layer of {type(model).__name__}'s blocks is called {' or '.join(targets)}")
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = LoRALinear(model.get_submodule(name), rank, rank if alpha is None else alpha)
+        setattr(model.get_submodule(parent), leaf, layer)
+    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+@contextlib.contextmanager
+def lora_disabled(model):
+    """Inside, the model is the untuned reference: v_ref costs no second copy of the weights."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def save_lora(model, path, metadata=None):
+    """Write the LoRA as safetensors: `diffusion_model.<module>.lora_A.weight` [rank, in] and `.lora_B.weight`.
+
+    The scale alpha/rank is multiplied into B, so readers that know no alpha, or assume alpha = rank, are right.
+    """
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = layer.lora_A.detach().float().cpu().contiguous()
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = (layer.lora_B.detach().float() * layer.scale).cpu()
+    write_safetensors(tensors, path, metadata)
+
+
+def merge_lora(model, path):
+    """Add a LoRA file's update to a model's weights, in fp32; returns how many layers were merged.
+
+    Raises UserError if the file is not what `save_lora` writes or a layer of it is not in the model.
+    """
+    with open_safetensors(path) as file:
+        keys = set(file.keys())
+        names = sorted({k.removeprefix("diffusion_model.").rpartition(".lora_")[0] for k in keys})
+        layers = dict(model.named_modules())
+        unknown = [n for n in names if not isinstance(layers.get(n), nn.Linear)]
+        if not names or unknown:
+            raise UserError(f"{path}: not a LoRA of this model; it has no layer {(unknown or ['(empty file)'])[0]!r}")
+        for name in names:
+            try:
+                A, B = (file.get_tensor(f"diffusion_model.{name}.lora_{x}.weight").float() for x in "AB")
+            except Exception as error:
+                raise UserError(f"{path}: {name} lacks lora_A or lora_B: {error}") from None
+            weight = layers[name].weight
+            if (B.shape[0], A.shape[1]) != weight.shape:
+                raise UserError(f"{path}: {name} is {B.shape[0]}x{A.shape[1]}, the model's is {tuple(weight.shape)}")
+            weight.data += (B @ A).to(weight)
+    return len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def write_safetensors(tensors, path, metadata=None):
+    """Write a safetensors file whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata)
+    part.replace(path)
+
+
+def open_safetensors(path):
+    """Open a safetensors file; a missing or broken one is a UserError that names it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return safe_open(path, "pt")
+    except Exception as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); download or build it again") from None
+
+
+def load_weights(module, path):
+    """Load a safetensors file into a module, after checking every name and shape; returns the file's metadata.
+
+    Values take the module's dtype. Raises UserError with the missing, unexpected and mis-shaped keys.
+    """
+    with open_safetensors(path) as file:
+        have = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
+        metadata = file.metadata() or {}
+    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    faults = [f"missing {k}" for k in want.keys() - have.keys()]
+    faults += [f"unexpected {k}" for k in have.keys() - want.keys()]
+    faults += [f"{k} is {have[k]}, wanted {want[k]}" for k in want.keys() & have.keys() if have[k] != want[k]]
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise UserError(f"{path}: not a {type(module).__name__} of this preset: {', '.join(sorted(faults)[:4])}{more}")
+    module.load_state_dict(load_file(path))
+    return metadata
+
+
+@dataclass
+class Wan:
+    """A preset's networks with their weights, frozen and in eval mode."""
+
+    preset: Preset
+    dit: WanDiT
+    vae: WanVAE
+    text: UMT5
+    tokenizer: object
+
+    @torch.no_grad()
+    def encode_text(self, prompts):
+        """Prompts to the context [B, text_len, text_dim]."""
+        ids, mask = tokenize(prompts, self.tokenizer, self.preset.dit.text_len)
+        device = next(self.text.parameters()).device
+        return self.text(ids.to(device), mask.to(device)).float()
+
+
+def load_model(name, ckpt=None, device="cpu"):
+    """Build a preset's networks with their weights. Raises UserError for an unknown preset or missing weights."""
+    from tokenizers import Tokenizer
+
+    if name not in CONFIGS:
+        raise UserError(f"--model {name}: unknown preset; choose from {', '.join(CONFIGS)}")
+    preset = CONFIGS[name]
+    folder = Path(ckpt) if ckpt else preset.folder
+    if folder is None:
+        raise UserError(f"--model {name} needs --ckpt DIR: {DOWNLOAD[name]}")
+    wanted = {"dit.safetensors": WanDiT(preset.dit), "vae.safetensors": WanVAE(preset.vae)}
+    wanted["text.safetensors"] = UMT5(preset.text)
+    for file, module in wanted.items():
+        metadata = load_weights(module, folder / file)
+        if isinstance(module, WanVAE) and "mean" in metadata:
+            module.set_scale(json.loads(metadata["mean"]), json.loads(metadata["std"]))
+    dit, vae, text = (m.to(device).eval().requires_grad_(False) for m in wanted.values())
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder / 'tokenizer.json'}: no such file")
+    return Wan(preset, dit, vae, text, Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+DOWNLOAD = {
+    "wan5b": "the folder with diffusion_pytorch_model*.safetensors, Wan2.2_VAE.pth and "
+    "models_t5_umt5-xxl-enc-bf16.pth; get it with `hf download Wan-AI/Wan2.2-TI2V-5B --local-dir DIR`",
+    "wan14b": "the folder with high_noise_model/, low_noise_model/, Wan2.1_VAE.pth and "
+    "models_t5_umt5-xxl-enc-bf16.pth; get it with `hf download Wan-AI/Wan2.2-I2V-A14B --local-dir DIR`",
+}

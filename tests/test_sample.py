@@ -1,0 +1,162 @@
+"""The sampler's schedule, pinning and window gradient; pictures and clips on disk."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import CONFIGS, DiTConfig, UserError, WanDiT
+from sample import (
+    fit, latent_size, noise_like, pin, read_image, read_video, rollout, sigmas, to_frames, to_tensor, velocity,
+    window_backward, write_video,
+)  # fmt: skip
+
+CFG = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=8, text_len=6)
+
+
+@pytest.fixture
+def scene():
+    """A random fp64 DiT with every weight in play, noise, first frame and context for two clips."""
+    torch.manual_seed(0)
+    dit = WanDiT(CFG).double()
+    for p in dit.parameters():
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    noise, first = torch.randn(2, 4, 3, 4, 4).double(), torch.randn(2, 4, 1, 4, 4).double()
+    return dit, noise, first, torch.randn(2, 6, 8).double()
+
+
+def test_sigmas_are_the_published_schedule():
+    expected = [1, 0.972, 0.9375, 0.893, 0.833, 0.75, 0.625, 0.417, 0]
+    assert sigmas(8, 5.0).tolist() == pytest.approx(expected, abs=5e-4)
+    assert sigmas(4, 1.0).tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_sigmas_equal_diffusers_flow_match_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 0, 9)[:-1])
+    assert torch.allclose(scheduler.sigmas.double(), sigmas(8, 5.0), atol=1e-6)  # theirs are fp32
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 5])
+def test_rollout_pins_the_first_frame_in_every_latent_and_after_the_last_step(scene, window):
+    dit, noise, first, context = scene
+    latents = rollout(dit, noise, first, context, sigmas(5, 5.0), window)
+    assert len(latents) == window + 1
+    for x in latents:
+        assert torch.equal(x[:, :, :1], first)
+        assert not x.requires_grad
+
+
+def test_rollout_is_the_plain_euler_solution(scene):
+    dit, noise, first, context = scene
+    s = sigmas(3, 5.0)
+    x = pin(noise, first)
+    for i in range(3):
+        t = 1000 * s[i] * torch.tensor([[0.0, 1, 1]] * 2, dtype=torch.float64)
+        x = torch.cat([first, (x + (s[i + 1] - s[i]) * dit(x, t, context))[:, :, 1:]], 2)
+    assert torch.allclose(rollout(dit, noise, first, context, s)[0], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_window_gradient_equals_autograd_through_the_last_steps(scene, window):
+    dit, noise, first, context = scene
+    s = sigmas(4, 5.0)
+    latents = rollout(dit, noise, first, context, s, window)
+    target = torch.randn_like(noise)
+    references = [torch.randn_like(noise) for _ in s]
+
+    def penalty(v, x, i):
+        return 0.1 * (i + 1) * (v - references[i])[:, :, 1:].square().mean()
+
+    # the chain written out: start where the window starts, keep the graph of all its steps
+    x = start = latents[0].clone().requires_grad_()
+    loss = 0
+    for i in range(4 - window, 4):
+        v = velocity(dit, x, s[i], context)
+        # v_ref is a constant in the penalty; the velocity's dependence on x is not
+        loss = loss + penalty(v, x, i)
+        x = pin(x + float(s[i + 1] - s[i]) * v, first)
+    assert torch.allclose(x, latents[-1], rtol=1e-12, atol=1e-12)
+    loss = loss + (x * target).sum()
+    expected = torch.autograd.grad(loss, [start, *dit.parameters()])
+
+    at_start = window_backward(dit, latents, s, context, target, penalty)
+    for p, e in zip(dit.parameters(), expected[1:], strict=True):
+        assert (p.grad - e).norm() <= 1e-9 * e.norm()
+    free = expected[0].clone()
+    free[:, :, :1] = 0  # the first frame is given: what reaches it is dropped
+    assert (at_start - free).norm() <= 1e-9 * free.norm()
+
+
+def test_window_backward_keeps_one_step_graph_alive(scene):
+    dit, noise, first, context = scene
+    s = sigmas(4, 5.0)
+    latents = rollout(dit, noise, first, context, s, 4)
+    alive, most = 0, 0
+
+    def count(module, inputs, output):
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        output.register_hook(release)  # runs in the step's backward, which frees its graph
+
+    def release(grad):
+        nonlocal alive
+        alive -= 1
+
+    dit.register_forward_hook(count)
+    window_backward(dit, latents, s, context, torch.ones_like(noise))
+    assert most == 1 and alive == 0
+
+
+def test_a_window_longer_than_the_rollout_is_refused(scene):
+    dit, noise, first, context = scene
+    with pytest.raises(ValueError, match="window is 5"):
+        rollout(dit, noise, first, context, sigmas(4, 5.0), 5)
+
+
+def test_noise_depends_on_its_seeds_only():
+    assert torch.equal(noise_like((3, 4), 1, 2), noise_like((3, 4), 1, 2))
+    assert not torch.equal(noise_like((3, 4), 1, 2), noise_like((3, 4), 2, 1))
+    assert abs(noise_like((100000,), 5).std() - 1) < 0.02
+
+
+def test_latent_size_refuses_frame_counts_that_are_not_4n_plus_1():
+    tiny = CONFIGS["tiny"]
+    assert latent_size(tiny, 17, (128, 128))[0] == 5
+    assert latent_size(CONFIGS["wan5b"], 121, (704, 1280)) == (31, 44, 80)
+    assert latent_size(CONFIGS["wan14b"], 81, (480, 832)) == (21, 60, 104)
+    with pytest.raises(UserError, match="nearest is 17"):
+        latent_size(tiny, 16, (128, 128))
+    with pytest.raises(UserError, match="multiples of 32"):
+        latent_size(CONFIGS["wan5b"], 121, (720, 1280))
+
+
+def test_fit_covers_and_crops_the_centre():
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    out = fit(image, (64, 64))
+    assert out.shape == (64, 64, 3) and (out[:, 4:-4] == (0, 0, 255)).all()
+
+
+def test_video_survives_the_codec_and_the_tensor_round_trip(tmp_path):
+    y, x = np.mgrid[:64, :96]
+    frames = np.stack([np.stack([x * 2, y * 3, 0 * x + 8 * k], -1) for k in range(9)]).astype(np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    back, fps = read_video(tmp_path / "a.mp4")
+    assert back.shape == frames.shape and fps == 8
+    assert np.abs(back.astype(int) - frames).mean() < 3  # H.264 at 4:2:0
+    assert np.array_equal(to_frames(to_tensor(frames)), frames)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_unreadable_pictures_and_videos_are_named(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    for call, name in ((lambda p: read_image(p, (8, 8)), "bad.png"), (read_video, "bad.mp4")):
+        with pytest.raises(UserError, match=name):
+            call(tmp_path / name)
+    with pytest.raises(UserError, match="no such file"):
+        read_image(tmp_path / "none.png", (8, 8))
