@@ -42,7 +42,9 @@ class Clips:
         self.folder, self.device = Path(folder), device
         index = self.folder / "index.jsonl"
         if not index.is_file():
-            raise UserError(f"--data {folder}: no index.jsonl in it; make the set with: python data.py CLIPS --out {folder}")
+            raise UserError(
+                f"--data {folder}: no index.jsonl in it; make the set with: python data.py CLIPS --out {folder}"
+            )
         rows = [json.loads(line) for line in index.read_text().splitlines()]
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
@@ -58,7 +60,11 @@ class Clips:
     def batch(self, rows):
         cached = [load_file(self.folder / self.rows[r]["cache"]) for r in rows]
         length = max(c["context"].shape[0] for c in cached)
-        batch = {"context": torch.stack([F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached])}
+        batch = {
+            "context": torch.stack(
+                [F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached]
+            )
+        }
         names = ("first", "pool", "latent") if all("latent" in c for c in cached) else ("first", "pool")
         batch |= {name: torch.stack([c[name].float() for c in cached]) for name in names}
         batch["pool_mask"] = torch.stack([c["pool_mask"].bool() for c in cached])
@@ -83,7 +89,9 @@ class DataOptions:
     size: tuple[int, int] | None = option(None, "HxW in pixels, covered and centre-cropped; default: the preset's")
     max_face: float = option(100.0, "largest side in pixels that a clip's largest face may have in any frame")
     coverage: float = option(0.4, "smallest share of frames that show a face")
-    people: int = option(1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)")
+    people: int = option(
+        1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)"
+    )
     split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
     latents: bool = option(False, "cache the whole clip's latent too, as --objective sft needs")
 
@@ -162,7 +170,11 @@ def main():
             name = path.relative_to(source).with_suffix("")
             row, tensors = judge(wan, reward, path, options, frames, size)
             if tensors is None:
-                print(json.dumps(dict(clip=str(path.relative_to(source)), reason=row)), file=rejected, flush=True)
+                print(
+                    json.dumps(dict(clip=str(path.relative_to(source)), reason=row)),
+                    file=rejected,
+                    flush=True,
+                )
                 continue
             split = name.parts[0] if named else SPLITS[i in held]
             cache = Path("cache") / ("_".join(name.parts) + ".safetensors")

@@ -121,7 +121,7 @@ WAN21_STD = (
 
 CONFIGS = {
     "tiny": Preset(
-        dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=7, freq_dim=128, text_dim=128, text_len=32),
+        dit=DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=7, freq_dim=128, text_dim=128, text_len=48),
         vae=VAEConfig(dim=24, dec_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
         text=UMT5Config(dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2, vocab_size=512),
         fps=8, frames=17, size=(128, 128), shift=5.0, steps=8, cfg=1.0, folder=ASSETS,
@@ -661,7 +661,12 @@ class WanDiT(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+        for layer in (
+            self.text_embedding[0],
+            self.text_embedding[2],
+            self.time_embedding[0],
+            self.time_embedding[2],
+        ):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
@@ -740,7 +745,9 @@ def add_lora(model, rank, alpha=None, targets=LORA_TARGETS):
     names = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name.startswith("blocks.") and any(name.endswith("." + t) for t in targets)
+        if isinstance(layer, nn.Linear)
+        and name.startswith("blocks.")
+        and any(name.endswith("." + t) for t in targets)
     ]
     if not names:
         raise ValueError(f"no linear layer of {type(model).__name__}'s blocks is called {' or '.join(targets)}")
@@ -836,7 +843,9 @@ def load_weights(module, path):
     faults += [f"{k} is {have[k]}, wanted {want[k]}" for k in want.keys() & have.keys() if have[k] != want[k]]
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise UserError(f"{path}: not a {type(module).__name__} of this preset: {', '.join(sorted(faults)[:4])}{more}")
+        raise UserError(
+            f"{path}: not a {type(module).__name__} of this preset: {', '.join(sorted(faults)[:4])}{more}"
+        )
     module.load_state_dict(load_file(path))
     return metadata
 

@@ -98,7 +98,11 @@ def latent_size(preset, frames, size):
         raise UserError(f"--frames {frames}: the VAE codes {ft}n+1 frames; the nearest is {near}")
     if size[0] % fs or size[1] % fs or min(size) <= 0:
         raise UserError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {fs}")
-    return (frames - 1) // ft + 1, size[0] * preset.dit.patch_size[1] // fs, size[1] * preset.dit.patch_size[2] // fs
+    return (
+        (frames - 1) // ft + 1,
+        size[0] * preset.dit.patch_size[1] // fs,
+        size[1] * preset.dit.patch_size[2] // fs,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -187,7 +191,9 @@ def parse_options(cls, argv=None, doc=None, positional=()):
         elif kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            parser.add_argument(f"--{f.name}", type=pixels if f.name == "size" else kind, default=f.default, help=text)
+            parser.add_argument(
+                f"--{f.name}", type=pixels if f.name == "size" else kind, default=f.default, help=text
+            )
     return cls(**vars(parser.parse_args(argv)))
 
 

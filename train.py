@@ -18,15 +18,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Clips
-from model import ASSETS, CONFIGS, UserError, add_lora, load_model, lora_disabled, save_lora, write_safetensors
+from model import (
+    ASSETS,
+    CONFIGS,
+    UserError,
+    add_lora,
+    load_model,
+    lora_disabled,
+    save_lora,
+    write_safetensors,
+)
 from reward import FaceReward, clip_metrics, velocity_kl
 from sample import (
-    latent_size, noise_like, option, parse_options, pin, rollout, run, sigmas, to_frames, to_tensor, velocity,
-    window_backward, write_video,
+    latent_size,
+    noise_like,
+    option,
+    parse_options,
+    pin,
+    rollout,
+    run,
+    sigmas,
+    to_frames,
+    to_tensor,
+    velocity,
+    window_backward,
+    write_video,
 )  # fmt: skip
 
 
@@ -137,14 +156,14 @@ def sft_step(wan, batch, options, noise, u):
 
 
 @torch.no_grad()
-def held_out(wan, reward, clips, options, rows):
-    """Sample held-out clips with noise that depends on the clip only; metrics of each, and the videos."""
-    schedule = sigmas(options.sampling_steps, wan.preset.shift)
+def held_out(wan, reward, clips, rows, steps, seed=0):
+    """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos."""
+    schedule = sigmas(steps, wan.preset.shift)
     results, videos = [], []
     for row in tqdm(rows, desc="held-out clips", leave=False):
         batch = clips.batch([row])
         shape = batch["first"].shape[1], *latent_size(wan.preset, wan.preset.frames, wan.preset.size)
-        noise = noise_like((1, *shape), 1, row).to(batch["first"].device)
+        noise = noise_like((1, *shape), seed, row).to(batch["first"].device)
         with autocast(noise.device):
             (latent,) = rollout(wan.dit, noise, batch["first"], batch["context"], schedule)
             video = wan.vae.decode(latent).float()
@@ -194,7 +213,9 @@ def check(options):
     """Refuse what cannot work before anything is loaded or written."""
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    choices = dict(objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"))
+    choices = dict(
+        objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned")
+    )
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
@@ -231,7 +252,7 @@ def main():
         reward = FaceReward.from_folder(options.faces, device)
         unseen = Clips(options.data, "heldout", device)
         rows = unseen.spread(options.eval_clips)
-        before, videos_before = held_out(wan, reward, unseen, options, rows)
+        before, videos_before = held_out(wan, reward, unseen, rows, options.sampling_steps)
         print(table([("before", summary(before))]), flush=True)
     if options.lora_rank:
         parameters = add_lora(wan.dit, options.lora_rank)
@@ -259,7 +280,7 @@ def main():
         bar = tqdm(range(start, options.steps), initial=start, total=options.steps, desc=options.objective)
         for step in bar:
             begin = time.perf_counter()
-            batch, rows_of_step = batch_at(clips, options, step)
+            batch, _ = batch_at(clips, options, step)
             noise = torch.stack([noise_like(shape, options.seed, step, k) for k in range(options.batch)]).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, step)
@@ -283,11 +304,13 @@ def main():
     if options.lora_rank:
         save_lora(wan.dit, out / "lora.safetensors")
     else:
-        write_safetensors({k: v.half().contiguous() for k, v in wan.dit.state_dict().items()}, out / "dit.safetensors")
+        write_safetensors(
+            {k: v.half().contiguous() for k, v in wan.dit.state_dict().items()}, out / "dit.safetensors"
+        )
     if not ipro:
         return
     draw_curves(log, out / "curves.png")
-    after, videos_after = held_out(wan, reward, unseen, options, rows)
+    after, videos_after = held_out(wan, reward, unseen, rows, options.sampling_steps)
     inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(rows, videos_before)]
     write_video(out / "before_after.mp4", side_by_side([inputs, videos_before, videos_after], range(min(6, len(rows)))),
                 wan.preset.fps)  # fmt: skip

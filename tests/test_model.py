@@ -7,11 +7,33 @@ import pytest
 import torch
 
 from model import (
-    CONFIGS, DiTConfig, UMT5, UMT5Config, UserError, VAEConfig, WanDiT, WanVAE, add_lora, load_weights, lora_disabled,
-    merge_lora, save_lora, write_safetensors,
+    CONFIGS,
+    UMT5,
+    DiTConfig,
+    UMT5Config,
+    UserError,
+    VAEConfig,
+    WanDiT,
+    WanVAE,
+    add_lora,
+    load_weights,
+    lora_disabled,
+    merge_lora,
+    save_lora,
+    write_safetensors,
 )  # fmt: skip
 
-SMALL = DiTConfig(dim=96, ffn_dim=160, num_heads=3, num_layers=2, in_dim=12, out_dim=12, freq_dim=32, text_dim=40, text_len=16)
+SMALL = DiTConfig(
+    dim=96,
+    ffn_dim=160,
+    num_heads=3,
+    num_layers=2,
+    in_dim=12,
+    out_dim=12,
+    freq_dim=32,
+    text_dim=40,
+    text_len=16,
+)
 
 
 def randomise(module, scale=0.3):
@@ -42,7 +64,7 @@ def renamed(state, rules):
 
 
 def reference_dit(cfg):
-    from diffusers import WanTransformer3DModel
+    WanTransformer3DModel = pytest.importorskip("diffusers").WanTransformer3DModel
 
     return WanTransformer3DModel(
         patch_size=cfg.patch_size, num_attention_heads=cfg.num_heads, attention_head_dim=cfg.dim // cfg.num_heads,
@@ -95,7 +117,7 @@ BLOCK = [
 
 def reference_vae(ours, cfg):
     """diffusers' autoencoder with our weights; its modules are listed in the same order as ours."""
-    from diffusers import AutoencoderKLWan
+    AutoencoderKLWan = pytest.importorskip("diffusers").AutoencoderKLWan
 
     theirs = AutoencoderKLWan(
         base_dim=cfg.dim, decoder_base_dim=cfg.dec_dim, z_dim=cfg.z_dim, dim_mult=list(cfg.dim_mult),
@@ -175,11 +197,9 @@ def test_vae_names_a_wrong_frame_count():
 
 
 def test_umt5_equals_transformers():
-    from transformers import UMT5Config as ReferenceConfig
-    from transformers import UMT5EncoderModel
-
+    transformers = pytest.importorskip("transformers")
     cfg = UMT5Config(dim=48, dim_attn=32, dim_ffn=80, num_heads=4, num_layers=3, vocab_size=100)
-    theirs = UMT5EncoderModel(ReferenceConfig(
+    theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(
         vocab_size=100, d_model=48, d_kv=8, d_ff=80, num_heads=4, num_layers=3, feed_forward_proj="gated-gelu",
         dropout_rate=0.0, relative_attention_num_buckets=32, relative_attention_max_distance=128,
     )).eval()  # fmt: skip
@@ -206,7 +226,11 @@ def test_umt5_equals_transformers():
 def test_lora_starts_at_the_reference_is_switched_off_saved_and_merged(tmp_path):
     dit, plain = (randomise(WanDiT(SMALL)).double() for _ in range(2))
     plain.load_state_dict(dit.state_dict())
-    x, t, context = torch.randn(1, 12, 2, 4, 4).double(), torch.tensor([500.0]), torch.randn(1, 6, 40).double()
+    x, t, context = (
+        torch.randn(1, 12, 2, 4, 4).double(),
+        torch.tensor([500.0]),
+        torch.randn(1, 6, 40).double(),
+    )
     base = dit(x, t, context)
     names = set(dit.state_dict())
     parameters = add_lora(dit, 4, alpha=8)

@@ -7,11 +7,24 @@ from PIL import Image
 
 from model import CONFIGS, DiTConfig, UserError, WanDiT
 from sample import (
-    fit, latent_size, noise_like, pin, read_image, read_video, rollout, sigmas, to_frames, to_tensor, velocity,
-    window_backward, write_video,
+    fit,
+    latent_size,
+    noise_like,
+    pin,
+    read_image,
+    read_video,
+    rollout,
+    sigmas,
+    to_frames,
+    to_tensor,
+    velocity,
+    window_backward,
+    write_video,
 )  # fmt: skip
 
-CFG = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=8, text_len=6)
+CFG = DiTConfig(
+    dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=8, text_len=6
+)
 
 
 @pytest.fixture
@@ -32,9 +45,7 @@ def test_sigmas_are_the_published_schedule():
 
 
 def test_sigmas_equal_diffusers_flow_match_scheduler():
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, 9)[:-1])
     assert torch.allclose(scheduler.sigmas.double(), sigmas(8, 5.0), atol=1e-6)  # theirs are fp32
 

