@@ -61,9 +61,7 @@ class Clips:
         cached = [load_file(self.folder / self.rows[r]["cache"]) for r in rows]
         length = max(c["context"].shape[0] for c in cached)
         batch = {
-            "context": torch.stack(
-                [F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached]
-            )
+            "context": torch.stack([F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached])
         }
         names = ("first", "pool", "latent") if all("latent" in c for c in cached) else ("first", "pool")
         batch |= {name: torch.stack([c[name].float() for c in cached]) for name in names}
@@ -89,9 +87,7 @@ class DataOptions:
     size: tuple[int, int] | None = option(None, "HxW in pixels, covered and centre-cropped; default: the preset's")
     max_face: float = option(100.0, "largest side in pixels that a clip's largest face may have in any frame")
     coverage: float = option(0.4, "smallest share of frames that show a face")
-    people: int = option(
-        1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)"
-    )
+    people: int = option(1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)")
     split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
     latents: bool = option(False, "cache the whole clip's latent too, as --objective sft needs")
 

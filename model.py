@@ -19,6 +19,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -380,7 +381,7 @@ class Resample(nn.Module):
 
 
 def average_down(x, out_dim, ft, fs):
-    """Space-time to channels, then the mean of neighbouring channels; [B, C, T, H, W] to [B, out, T/ft, H/fs, W/fs]."""
+    """Space-time to channels, then the mean of neighbouring ones; [B, C, T, H, W] to [B, out, T/ft, H/fs, W/fs]."""
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % ft, 0))
     B, C, T, H, W = x.shape
     x = x.view(B, C, T // ft, ft, H // fs, fs, W // fs, fs).permute(0, 1, 3, 5, 7, 2, 4, 6)
@@ -437,14 +438,12 @@ class Encoder3d(nn.Module):
         self.conv1 = CausalConv3d(3 * cfg.patch_size**2, dims[0], 3)
         self.downsamples = nn.Sequential(*(
             Down_ResidualBlock(a, b, cfg.num_res_blocks, i < down, i < down and cfg.temporal_downsample[i])
-            for i, (a, b) in enumerate(zip(dims, dims[1:]))
+            for i, (a, b) in enumerate(pairwise(dims))
         ))  # fmt: skip
         self.middle = nn.Sequential(
             ResidualBlock(dims[-1], dims[-1]), AttentionBlock(dims[-1]), ResidualBlock(dims[-1], dims[-1])
         )
-        self.head = nn.Sequential(
-            RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 2 * cfg.z_dim, 3)
-        )
+        self.head = nn.Sequential(RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 2 * cfg.z_dim, 3))
 
     def forward(self, x, caches=None):
         carry = Carry(caches)
@@ -467,7 +466,7 @@ class Decoder3d(nn.Module):
         )
         self.upsamples = nn.Sequential(*(
             Up_ResidualBlock(a, b, cfg.num_res_blocks, i < len(up_time), i < len(up_time) and up_time[i])
-            for i, (a, b) in enumerate(zip(dims, dims[1:]))
+            for i, (a, b) in enumerate(pairwise(dims))
         ))  # fmt: skip
         self.head = nn.Sequential(
             RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 3 * cfg.patch_size**2, 3)
@@ -499,13 +498,13 @@ class WanVAE(nn.Module):
         self.set_scale(cfg.mean or [0.0] * cfg.z_dim, cfg.std or [1.0] * cfg.z_dim)
 
     def set_scale(self, mean, std):
-        """The latents' mean and standard deviation per channel; constants, not in the state_dict (as released)."""
+        """The latents' mean and deviation per channel; constants, not in the state_dict (as released)."""
         for name, value in (("mean", mean), ("std", std)):
             value = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
     def moments(self, video):
-        """Mean and log-variance of the unnormalised latent, both [B, z, F', h, w]; what a VAE's own training needs."""
+        """Mean and log-variance of the unnormalised latent, both [B, z, F', h, w]: for a VAE's own training."""
         ft, fh, fw = self.cfg.stride
         B, C, T, H, W = video.shape
         if C != 3 or (T - 1) % ft or H % fh or W % fw:
@@ -519,7 +518,7 @@ class WanVAE(nn.Module):
         return (self.moments(video)[0] - self.mean) / self.std
 
     def decode_chunk(self, latent, caches=None):
-        """Decode latent frames [B, z, n, h, w] that follow those that `caches` remember; returns pixels and caches."""
+        """Decode latent frames [B, z, n, h, w] that follow those in `caches`; returns pixels and the new caches."""
         x, caches = self.decoder(self.conv2((latent * self.std + self.mean).type_as(self.conv2.weight)), caches)
         p = self.cfg.patch_size
         x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, 3, F, H/p, p, W/p, p]
@@ -687,9 +686,7 @@ class WanDiT(nn.Module):
         if C != cfg.in_dim or any(n % k for n, k in zip(size, p)):
             raise ValueError(f"latent must be [B, {cfg.in_dim}, F', h, w] in multiples of {p}, got {tuple(x.shape)}")
         if context.shape[1] > cfg.text_len or context.shape[2] != cfg.text_dim:
-            raise ValueError(
-                f"context must be [B, at most {cfg.text_len}, {cfg.text_dim}], got {tuple(context.shape)}"
-            )
+            raise ValueError(f"context must be [B, at most {cfg.text_len}, {cfg.text_dim}], got {tuple(context.shape)}")
         grid = [n // k for n, k in zip(size, p)]
         e, modulation = self.embed_time(t, grid[0])
         dtype = self.patch_embedding.weight.dtype
@@ -745,9 +742,7 @@ def add_lora(model, rank, alpha=None, targets=LORA_TARGETS):
     names = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear)
-        and name.startswith("blocks.")
-        and any(name.endswith("." + t) for t in targets)
+        if isinstance(layer, nn.Linear) and name.startswith("blocks.") and any(name.endswith("." + t) for t in targets)
     ]
     if not names:
         raise ValueError(f"no linear layer of {type(model).__name__}'s blocks is called {' or '.join(targets)}")
@@ -843,9 +838,7 @@ def load_weights(module, path):
     faults += [f"{k} is {have[k]}, wanted {want[k]}" for k in want.keys() & have.keys() if have[k] != want[k]]
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise UserError(
-            f"{path}: not a {type(module).__name__} of this preset: {', '.join(sorted(faults)[:4])}{more}"
-        )
+        raise UserError(f"{path}: not a {type(module).__name__} of this preset: {', '.join(sorted(faults)[:4])}{more}")
     module.load_state_dict(load_file(path))
     return metadata
 

@@ -23,7 +23,7 @@ from model import UserError, open_safetensors
 
 
 def nms(boxes, scores, overlap):
-    """Indices of the boxes [n, 4] kept, best score first: none overlaps a better one by more than `overlap` (IoU)."""
+    """Indices of the boxes [n, 4] kept, best first: none has an IoU above `overlap` with a better one."""
     order = np.argsort(-scores, kind="stable")
     x0, y0, x1, y1 = boxes[order].T
     area = (x1 - x0).clip(0) * (y1 - y0).clip(0)
@@ -64,9 +64,7 @@ class FaceDetector:
             providers = ["CPUExecutionProvider"]
             if torch.cuda.is_available():
                 if "CUDAExecutionProvider" not in available:
-                    raise UserError(
-                        f"{path}: there is a GPU but onnxruntime has {available}; install onnxruntime-gpu"
-                    )
+                    raise UserError(f"{path}: there is a GPU but onnxruntime has {available}; install onnxruntime-gpu")
                 providers = ["CUDAExecutionProvider", *providers]
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
@@ -196,9 +194,7 @@ class IBasicBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(planes)
         self.downsample = None
         if stride != 1 or inplanes != planes:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
 
     def forward(self, x):
         y = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
@@ -245,13 +241,10 @@ class ArcFace(nn.Module):
             except Exception as error:
                 raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from None
         stages = [
-            sorted(k for k in state if k.startswith(f"layer{i}.") and k.endswith(".conv2.weight"))
-            for i in range(1, 5)
+            sorted(k for k in state if k.startswith(f"layer{i}.") and k.endswith(".conv2.weight")) for i in range(1, 5)
         ]
         if not all(stages) or "fc.weight" not in state:
-            raise UserError(
-                f"{path}: not an ArcFace IResNet (no layer1..4 and fc); its first keys: {list(state)[:3]}"
-            )
+            raise UserError(f"{path}: not an ArcFace IResNet (no layer1..4 and fc); its first keys: {list(state)[:3]}")
         model = cls([len(s) for s in stages], [state[s[0]].shape[0] for s in stages])
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         wrong = model.load_state_dict(state, strict=False)

@@ -191,9 +191,7 @@ def parse_options(cls, argv=None, doc=None, positional=()):
         elif kind is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
-            parser.add_argument(
-                f"--{f.name}", type=pixels if f.name == "size" else kind, default=f.default, help=text
-            )
+            parser.add_argument(f"--{f.name}", type=pixels if f.name == "size" else kind, default=f.default, help=text)
     return cls(**vars(parser.parse_args(argv)))
 
 

@@ -82,7 +82,7 @@ def learning_rate(options, step):
 
 
 def batch_at(clips, options, step):
-    """The clips of a step: a fresh permutation each epoch, a function of seed and step only (so resuming is exact)."""
+    """The clips of a step: a permutation an epoch, a function of seed and step only, so that resuming is exact."""
     rows = []
     for k in range(step * options.batch, (step + 1) * options.batch):
         epoch, place = divmod(k, len(clips))
@@ -138,7 +138,7 @@ def ipro_step(wan, reward, batch, options, sigma, noise):
 
 
 def sft_step(wan, batch, options, noise, u):
-    """Accumulate the gradient of flow matching, E |v(x_sigma) - (noise - x_0)|² over the free frames (arXiv 2210.02747).
+    """Accumulate the gradient of flow matching, E |v(x_sigma) - (noise - x_0)|² over free frames (2210.02747).
 
     batch["latent"] [B, C, F', h, w]; u [B] uniform in 0..1, shifted to sigma as the sampler's schedule is.
     """
@@ -174,7 +174,7 @@ def held_out(wan, reward, clips, rows, steps, seed=0):
 
 
 def summary(results):
-    """Means over clips of FaceSim, face rate, motion and flicker; a metric that a clip lacks is left out of its mean."""
+    """Means over clips of FaceSim, face rate, motion and TF; a metric that a clip lacks is left out of its mean."""
     names = ("facesim", "face_rate", "motion", "tf")
     values = {n: [r[n] for r in results if r[n] is not None] for n in names}
     return {n: float(np.mean(v)) if v else float("nan") for n, v in values.items()}
@@ -213,9 +213,7 @@ def check(options):
     """Refuse what cannot work before anything is loaded or written."""
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    choices = dict(
-        objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned")
-    )
+    choices = dict(objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"))
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
@@ -304,16 +302,14 @@ def main():
     if options.lora_rank:
         save_lora(wan.dit, out / "lora.safetensors")
     else:
-        write_safetensors(
-            {k: v.half().contiguous() for k, v in wan.dit.state_dict().items()}, out / "dit.safetensors"
-        )
+        write_safetensors({k: v.half().contiguous() for k, v in wan.dit.state_dict().items()}, out / "dit.safetensors")
     if not ipro:
         return
     draw_curves(log, out / "curves.png")
     after, videos_after = held_out(wan, reward, unseen, rows, options.sampling_steps)
     inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(rows, videos_before)]
-    write_video(out / "before_after.mp4", side_by_side([inputs, videos_before, videos_after], range(min(6, len(rows)))),
-                wan.preset.fps)  # fmt: skip
+    shown = side_by_side([inputs, videos_before, videos_after], range(min(6, len(rows))))
+    write_video(out / "before_after.mp4", shown, wan.preset.fps)
     print(table([("before", summary(before)), ("after", summary(after))]))
 
 

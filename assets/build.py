@@ -256,7 +256,7 @@ def program(*arguments):
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ASSETS.parent, check=True)
 
 
-@stage("dit.safetensors: flow matching from scratch on the clips' latents, by train.py's own supervised objective")
+@stage("dit.safetensors: flow matching from scratch on the clips' latents, train.py --objective sft")
 def dit(args):
     import torch
 

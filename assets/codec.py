@@ -8,6 +8,7 @@ frames, with ArcFace's word on the faces.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ from reward import ArcFace, align
 
 # phase: steps, batch, frames, crop, peak learning rate of the kernels
 PHASES = [
-    ("images", 2600, 16, 1, 64, 0.02),
-    ("clips", 1800, 3, 17, 64, 0.015),
+    ("images", 1500, 16, 1, 64, 0.02),
+    ("clips", 1500, 3, 17, 64, 0.015),
     ("decoder", 1500, 1, 17, 128, 0.01),  # the encoder is final, so the DiT's latents can be made meanwhile
 ]
 IDENTITY_WEIGHT = 0.1  # on 1 - cosine of ArcFace embeddings of the faces, true against decoded (last phase)
@@ -108,14 +109,12 @@ def reconstruction_loss(output, video, weight):
     error = output - video
     loss = (weight * (error.abs() + 4 * error.square())).mean()
     for axis in (-1, -2):
-        loss = (
-            loss + EDGE_WEIGHT * (weight.narrow(axis, 1, error.shape[axis] - 1) * error.diff(dim=axis).abs()).mean()
-        )
+        loss = loss + EDGE_WEIGHT * (weight.narrow(axis, 1, error.shape[axis] - 1) * error.diff(dim=axis).abs()).mean()
     return loss
 
 
 def identity_loss(arcface, output, video, landmarks, rng):
-    """1 - cosine between the embeddings of decoded and true faces, at four frames of one clip [1, 3, 17, 128, 128]."""
+    """1 - cosine between the embeddings of decoded and true faces in four frames of a clip [1, 3, 17, 128, 128]."""
     frames = np.sort(rng.choice(17, 4, replace=False))
     points = torch.from_numpy(landmarks[frames, rng.integers(2 if landmarks[0, 1].any() else 1)])
     decoded, true = (align(v[0, :, frames].transpose(0, 1), points) for v in (output, video))
@@ -124,14 +123,22 @@ def identity_loss(arcface, output, video, landmarks, rng):
     return (1 - F.cosine_similarity(arcface(decoded), target)).mean()
 
 
+def phase_at(step):
+    """The phase that a step belongs to, and its number within the phase."""
+    for phase in PHASES:
+        if step < phase[1]:
+            return phase, step
+        step -= phase[1]
+    raise ValueError(f"{step} steps after the last phase")
+
+
 def learning_rate(step):
     """Warm-up, then cosine to a third within each phase; the last phase goes to a hundredth."""
-    for i, (_, steps, *_, peak) in enumerate(PHASES):
-        if step < steps:
-            floor = 0.01 if i == len(PHASES) - 1 else 0.3
-            return peak * min(1, (step + 1) / 100) * (floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * step / steps)))
-        step -= steps
-    return 0.0
+    phase, ahead = phase_at(step)
+    floor = 0.01 if phase is PHASES[-1] else 0.3
+    return (
+        phase[-1] * min(1, (ahead + 1) / 100) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ahead / phase[1])))
+    )
 
 
 class Optimizer:
@@ -233,11 +240,7 @@ def train(work, out, threads=2):
     total = sum(phase[1] for phase in PHASES)
     bar = tqdm(range(start, total), initial=start, total=total, desc="vae", mininterval=5)
     for step in bar:
-        ahead = step
-        for phase, steps, size, frames, crop, _ in PHASES:
-            if ahead < steps:
-                break
-            ahead -= steps
+        (phase, _, size, frames, crop, _), ahead = phase_at(step)
         if phase == "decoder" and ahead == 0:
             vae.load_state_dict(ema.state_dict())
             finish(vae, clips, folder)
@@ -269,9 +272,7 @@ def train(work, out, threads=2):
         if step % 20 == 0:
             bar.set_postfix(phase=phase, psnr=f"{psnr((output - video).detach()):.1f}", kl=f"{float(kl):.1f}")
         if (step + 1) % 500 == 0 or step + 1 == total:
-            snapshot = dict(
-                vae=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1
-            )
+            snapshot = dict(vae=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             torch.save(snapshot, folder / "state.part")
             os.replace(folder / "state.part", state)
             score, by_frame = evaluate(ema, held_out, 24)

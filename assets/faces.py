@@ -8,6 +8,7 @@ code that reads the released one.
 
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def degrade(x, rng):
 
 
 def cosine(step, steps, warmup=100):
-    return min(1, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def save(path, **state):
@@ -78,7 +79,7 @@ def people(folder):
 
 
 def faces_at(clips, landmarks, rows, frames, jitter, rng):
-    """Aligned crops [n, 3, 112, 112] of people `rows` at `frames`, landmarks jittered by `jitter` of the eyes' distance."""
+    """Aligned crops [n, 3, 112, 112] of people `rows` at `frames`; `jitter` of the landmarks, in eye distances."""
     points = torch.from_numpy(np.stack([landmarks[i, t, j] for (i, j, _), t in zip(rows, frames, strict=True)]))
     eyes = (points[:, 1] - points[:, 0]).norm(dim=-1).clamp(min=4).view(-1, 1, 1)
     points = points + jitter * eyes * torch.from_numpy(rng.standard_normal(points.shape)).float()
@@ -178,7 +179,7 @@ def block(a, b, stride=1):
 
 
 class Detector(nn.Module):
-    """Frames [B, 3, H, W], (x - 127.5)/128, to SCRFD's outputs: per stride scores, boxes, landmarks [B, anchors, 1/4/10].
+    """Frames [B, 3, H, W], (x - 127.5)/128, to SCRFD's outputs: scores, boxes, landmarks [B, anchors, 1, 4, 10].
 
     Scores are logits while training (`logits=True`), probabilities in the exported graph.
     """
@@ -224,9 +225,7 @@ def scenes(clips, boxes, landmarks, rng, size):
         matrix = np.array([[c, -s], [s, c]]) @ np.diag([-1.0 if mirror else 1.0, 1.0])
         present = [j for j in range(2) if boxes[i, t, j, 2] > 0]
         focus = boxes[i, t, present[rng.integers(len(present))]].reshape(2, 2).mean(0) if present else [64, 64]
-        place = (
-            rng.uniform(8, 120, 2) if rng.random() < 0.8 else rng.uniform(-60, 188, 2)
-        )  # some at or over the border
+        place = rng.uniform(8, 120, 2) if rng.random() < 0.8 else rng.uniform(-60, 188, 2)  # some at or over the border
         shift = place - matrix @ focus
         inverse = np.linalg.inv(matrix)
         # output pixel p comes from inverse (p - shift); as affine_grid's normalised coordinates (size 128 both)
@@ -370,7 +369,7 @@ def train_detector(work, out, threads=1):
 
 
 def measure_detector(path, work, every=4):
-    """Held-out clips: recall at precision 0.99 (a hit overlaps by IoU ≥ 0.4), landmark error over the eyes' distance."""
+    """Held-out clips: recall at precision 0.99 (a hit overlaps by IoU ≥ 0.4), landmark error in eye distances."""
     clips, boxes, landmarks = read_clips(Path(work) / "clips/heldout", Path(work) / "heldout.npy")
     detector = FaceDetector(path, threshold=0.05)
     hits, errors, total = [], [], 0

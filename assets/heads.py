@@ -69,9 +69,7 @@ class Model:
         self.faces = a.faces.numpy().astype(np.int32)  # [f, 3]
         self.template = a.template_vertices.numpy().astype(np.float64)  # [v, 3]
         uv, face_uv = a.texture_coordinates.numpy(), a.face_texture_coordinate_indices.numpy()
-        segments = np.asarray(Image.open(data / "segmentation/body_parts_segmentation.png").convert("RGB")).astype(
-            int
-        )
+        segments = np.asarray(Image.open(data / "segmentation/body_parts_segmentation.png").convert("RGB")).astype(int)
         u, w = uv[face_uv].mean(1).T
         side = segments.shape[0] - 1
         colour = segments[((1 - w) * side).astype(int), (u * side).astype(int)]
@@ -326,9 +324,7 @@ def person(seed):
     else:
         p_hair = p_hair * [1, 1, 1, 1, 1, 0.3, 0.1]
     colour = list(HAIR_COLOURS)[g.choice(len(p_hair), p=p_hair / p_hair.sum())]
-    hair = np.clip(
-        np.array(HAIR_COLOURS[colour][0]) * (1 + g.normal(0, 0.10)) * (1 + g.normal(0, 0.04, 3)), 0.02, 0.95
-    )
+    hair = np.clip(np.array(HAIR_COLOURS[colour][0]) * (1 + g.normal(0, 0.10)) * (1 + g.normal(0, 0.04, 3)), 0.02, 0.95)
     if woman:
         style = g.choice(["long", "bob", "short", "curly", "bun", "buzz"], p=[0.42, 0.22, 0.12, 0.11, 0.11, 0.02])
     else:
@@ -339,9 +335,7 @@ def person(seed):
     beard = "none"
     if not woman:
         beard = g.choice(["none", "stubble", "full", "goatee", "moustache"], p=[0.42, 0.22, 0.19, 0.09, 0.08])
-    brow_colour = np.clip(
-        hair * g.uniform(0.55, 0.85) if colour not in ("blond", "white") else hair * 0.62, 0.02, 0.8
-    )
+    brow_colour = np.clip(hair * g.uniform(0.55, 0.85) if colour not in ("blond", "white") else hair * 0.62, 0.02, 0.8)
     lip = skin * np.array([0.93, 0.62, 0.60]) * (0.85 + 0.15 * tone)
     if woman and g.random() < 0.55:  # lipstick
         stick = np.array([[0.68, 0.12, 0.16], [0.72, 0.30, 0.32], [0.52, 0.12, 0.20], [0.80, 0.40, 0.38]])[
@@ -467,9 +461,7 @@ def texture_grid():
     near = np.argsort(d, -1)[..., :5]
     weight = 1 / (np.take_along_axis(d, near, -1) + 0.3)
     radius = (r[near] * weight).sum(-1) / weight.sum(-1)
-    radius = np.asarray(Image.fromarray(radius.astype(np.float32)).resize((TEX_W, TEX_H), Image.BICUBIC)).astype(
-        float
-    )
+    radius = np.asarray(Image.fromarray(radius.astype(np.float32)).resize((TEX_W, TEX_H), Image.BICUBIC)).astype(float)
     phi, z = np.meshgrid(phi, z)
     x, y = radius * np.sin(np.radians(phi)), AXIS_Y - radius * np.cos(np.radians(phi))
     q = np.stack([x, y, z], -1) - CROWN
@@ -530,16 +522,11 @@ def bake(p):
             lines += 0.8 * np.exp(-(((z - cz - 0.003 * np.cos(ax * 60)) / 0.0011) ** 2)) * (ax < 0.036)
         fold = 0.017 + 0.35 * np.clip(-0.030 - z, 0, 0.04)  # from the nostril to the mouth's corner
         lines += (
-            1.3
-            * np.exp(-(((ax - fold) / 0.0017) ** 2))
-            * smoothstep(-0.074, -0.062, z)
-            * smoothstep(-0.026, -0.036, z)
+            1.3 * np.exp(-(((ax - fold) / 0.0017) ** 2)) * smoothstep(-0.074, -0.062, z) * smoothstep(-0.026, -0.036, z)
         )
         for dz in (-0.004, 0.001, 0.006):  # crow's feet
             lines += (
-                np.exp(-(((z - dz * (1 + (ax - ex) * 25)) / 0.0009) ** 2))
-                * smoothstep(0.050, 0.053, ax)
-                * (ax < 0.062)
+                np.exp(-(((z - dz * (1 + (ax - ex) * 25)) / 0.0009) ** 2)) * smoothstep(0.050, 0.053, ax) * (ax < 0.062)
             )
         paint(np.clip(lines * k["lines"] * front, 0, 0.7), p["skin"] * [0.55, 0.45, 0.45])
     # Beard: growth follows jaw and upper lip; stubble lets the skin through, a beard does not.
@@ -560,7 +547,7 @@ def bake(p):
     lip_hair = blob(0, -0.0515, 0.026, 0.0062) * smoothstep(0.0285, 0.022, ax)
     lip_hair = np.clip(lip_hair * 1.6, 0, 1)
     chin = np.clip(1.6 * np.exp(-((ax / 0.024) ** 4) - ((z + 0.094) / 0.015) ** 4), 0, 1) * front
-    soft = lambda mask, cut: np.clip((mask - cut + 0.07 * strand) * 3, 0, 1)  # noqa: E731
+    soft = lambda mask, cut: np.clip((mask - cut + 0.07 * strand) * 3, 0, 1)
     dark = p["brow_colour"] * 0.9
     if p["beard"] == "stubble":
         paint(np.clip((jaw + lip_hair * 0.9) * (0.36 + 0.06 * strand), 0, 0.62), dark * 0.7 + p["skin"] * 0.12)
@@ -583,9 +570,7 @@ def bake(p):
     arc = arc - 0.006 * np.clip(along - 0.6, 0, 1)
     width = 0.0038 * b["thick"] * np.clip(1.15 - 0.75 * np.clip(along, 0, 1) ** 1.5, 0.2, 1)
     strokes = 1 + 0.35 * noise(g, TEX_H, TEX_W, 2.0)
-    brow = (
-        np.exp(-(np.abs((z - arc) / width) ** 2.6)) * smoothstep(-0.07, 0.08, along) * smoothstep(1.05, 0.85, along)
-    )
+    brow = np.exp(-(np.abs((z - arc) / width) ** 2.6)) * smoothstep(-0.07, 0.08, along) * smoothstep(1.05, 0.85, along)
     paint(np.clip(brow * b["dense"] * strokes * front, 0, 0.95), p["brow_colour"])
     # Scalp: roots under the hair, so that no gap of the shell shows skin.
     line = hairline(sphi, p) + 2.2 * noise(g, TEX_H, TEX_W, 5)
@@ -669,9 +654,9 @@ def grow_hair(p, v):
         if style in ("short", "quiff", "curly", "bun"):
             n, rows = 121, 22
             phi = np.linspace(-180, 180, n)[:, None]
-            end = hairline(phi, p) + (3.5 if p["woman"] else 1.5) * ring(n - 1, 3)[np.arange(n) % (n - 1)][
-                :, None
-            ] * (style != "bun")
+            end = hairline(phi, p) + (3.5 if p["woman"] else 1.5) * ring(n - 1, 3)[np.arange(n) % (n - 1)][:, None] * (
+                style != "bun"
+            )
             s = np.linspace(0, 1, rows)[None]
             theta = s * end
             t = thick * depth * np.clip((1 - s) / 0.22, 0, 1) ** 0.55 + 0.0012
@@ -919,7 +904,7 @@ class Body:
         rot, base = rotation(yaw, pitch, roll), rotation(0.22 * yaw, 0.0, 0.15 * roll)
         w = self.follow
         q = v - self.pivot
-        mix = lambda x: w * (x @ rot.T) + (1 - w) * (x @ base.T)  # noqa: E731
+        mix = lambda x: w * (x @ rot.T) + (1 - w) * (x @ base.T)
         return mix(q) + self.pivot, mix(n), mix(self.tangents), rot
 
     def marks(self, v, rot):
@@ -1478,7 +1463,7 @@ def perform(g, motion, expression, room):
     sway = lambda k: (
         k
         * (
-            np.sin(t * g.uniform(0.18, 0.4) + g.uniform(0, 6.3))  # noqa: E731
+            np.sin(t * g.uniform(0.18, 0.4) + g.uniform(0, 6.3))
             + 0.5 * np.sin(t * g.uniform(0.4, 0.8) + g.uniform(0, 6.3))
         )
     )

@@ -5,11 +5,11 @@ it must learn for that is what the DiT needs to read: which words describe the p
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -62,7 +62,7 @@ def train(work, out, threads=2):
         x, m = ids[rows], mask[rows]
         hide = (torch.rand(x.shape, generator=generator) < HIDDEN) & (m > 0) & (x != 1)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * step / STEPS))
+            group["lr"] = PEAK * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         y = model(torch.where(hide, MASK, x), m)
         logits = y[hide] @ model.token_embedding.weight.T
         loss = F.cross_entropy(logits, x[hide])

@@ -74,5 +74,5 @@ def test_the_cache_holds_what_the_networks_give(made):
 
 
 def test_a_folder_that_is_no_set_is_named(tmp_path):
-    with pytest.raises(UserError, match="python data.py CLIPS"):
+    with pytest.raises(UserError, match=r"python data\.py CLIPS"):
         Clips(tmp_path, "train")

@@ -207,8 +207,8 @@ def test_umt5_equals_transformers():
     rules = [
         (r"^token_embedding", "shared"), (r"^blocks\.(\d+)\.norm1", r"encoder.block.\1.layer.0.layer_norm"),
         (r"^blocks\.(\d+)\.norm2", r"encoder.block.\1.layer.1.layer_norm"),
+        (r"^blocks\.(\d+)\.pos_embedding\.embedding", r"blocks.\1.attn.relative_attention_bias"),
         (r"^blocks\.(\d+)\.attn", r"encoder.block.\1.layer.0.SelfAttention"),
-        (r"^blocks\.(\d+)\.pos_embedding\.embedding", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias"),
         (r"^blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
         (r"^blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
         (r"^blocks\.(\d+)\.ffn\.fc2", r"encoder.block.\1.layer.1.DenseReluDense.wo"),

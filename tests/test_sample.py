@@ -22,9 +22,7 @@ from sample import (
     write_video,
 )  # fmt: skip
 
-CFG = DiTConfig(
-    dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=8, text_len=6
-)
+CFG = DiTConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=16, text_dim=8, text_len=6)
 
 
 @pytest.fixture

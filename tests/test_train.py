@@ -36,9 +36,7 @@ def scene():
 
 def reset(parameters):
     for i, p in enumerate(parameters):
-        p.data.zero_() if i % 2 else torch.nn.init.kaiming_uniform_(
-            p.data, generator=torch.Generator().manual_seed(i)
-        )
+        p.data.zero_() if i % 2 else torch.nn.init.kaiming_uniform_(p.data, generator=torch.Generator().manual_seed(i))
         p.grad = None
 
 
@@ -83,7 +81,7 @@ def test_a_sample_without_a_face_trains_on_kl_alone(scene, monkeypatch):
 def test_the_step_data_are_a_function_of_seed_and_step():
     clips = Clips(ASSETS / "data", "train")
     seen = [train.batch_at(clips, OPTIONS, step)[1] for step in range(len(clips) // 2)]
-    assert sorted(sum(seen, [])) == list(range(len(clips) // 2 * 2)) or len(set(sum(seen, []))) == len(clips) // 2 * 2
+    assert len({row for rows in seen for row in rows}) == len(clips) // 2 * 2  # an epoch repeats nothing
     assert seen[3] == train.batch_at(clips, OPTIONS, 3)[1]
 
 
