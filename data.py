@@ -33,9 +33,9 @@ SPLITS = ("train", "heldout")
 class Clips:
     """A split of the training set that `python data.py` made, on `device`.
 
-    len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w], context [B, L, text_dim] (zero-padded),
-    pool [B, F, 512], pool_mask [B, F] bool, caption (a list), and latent [B, z, F', h, w] where the set was made
-    with --latents; `video(row)` the true clip, uint8 [F, H, W, 3]. UserError where the folder is no such set.
+    len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w], context [B, L, text_dim] (zero-padded), caption (a
+    list), and pool [B, F, 512] with pool_mask [B, F] bool, or latent [B, z, F', h, w] where the set was made with
+    --latents; `video(row)` gives the true clip, uint8 [F, H, W, 3]. UserError where the folder is no such set.
     """
 
     def __init__(self, folder, split, device="cpu"):
@@ -63,9 +63,10 @@ class Clips:
         batch = {
             "context": torch.stack([F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached])
         }
-        names = ("first", "pool", "latent") if all("latent" in c for c in cached) else ("first", "pool")
+        names = cached[0].keys() - {"context", "pool_mask"}
         batch |= {name: torch.stack([c[name].float() for c in cached]) for name in names}
-        batch["pool_mask"] = torch.stack([c["pool_mask"].bool() for c in cached])
+        if "pool_mask" in cached[0]:
+            batch["pool_mask"] = torch.stack([c["pool_mask"].bool() for c in cached])
         batch = {name: value.to(self.device) for name, value in batch.items()}
         batch["caption"] = [self.rows[r]["caption"] for r in rows]
         return batch
@@ -89,53 +90,65 @@ class DataOptions:
     coverage: float = option(0.4, "smallest share of frames that show a face")
     people: int = option(1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)")
     split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
-    latents: bool = option(False, "cache the whole clip's latent too, as --objective sft needs")
+    latents: bool = option(False, "cache whole clips' latents, for --objective sft, instead of looking for faces")
 
 
-def judge(wan, reward, path, options, frames, size):
-    """One clip: (row of the index, tensors to cache), or (reason why it is refused, None)."""
+class Refused(Exception):
+    """Why a clip is not taken."""
+
+
+def read_clip(path, frames, size):
+    """A clip's caption, its first `frames` frames as a video [1, 3, F, H, W], and its frames per second."""
     caption = path.with_suffix(".txt")
     if not caption.is_file() or not caption.read_text().strip():
-        return f"no caption: {caption.name} is missing or empty", None
+        raise Refused(f"no caption: {caption.name} is missing or empty")
     try:
         video, fps = read_video(path)
     except UserError as error:
-        return str(error), None
+        raise Refused(str(error)) from None
     if len(video) < frames:
-        return f"{len(video)} frames, {frames} are needed", None
-    video = to_tensor(np.stack([fit(Image.fromarray(f), size) for f in video[:frames]]))
-    device = next(wan.vae.parameters()).device
-    video = video.to(device)
-    with torch.no_grad():
-        info = reward.look(video)
-        seen = info["mask"][0]
-        coverage = float(seen.float().mean())
-        side = info["boxes"][0][seen]
-        side = float((side[:, 2:] - side[:, :2]).max()) if len(side) else 0.0
-        crowd = float((info["count"][0] > options.people).float().mean())
-        if coverage < options.coverage:
-            return f"a face in {coverage:.0%} of the frames, {options.coverage:.0%} are needed", None
-        if side > options.max_face:
-            return f"a face of {side:.0f} px, at most {options.max_face:.0f} are allowed", None
-        if crowd > 0.1:
-            return f"more than {options.people} face(s) in {crowd:.0%} of the frames", None
-        try:
-            context = wan.encode_text([caption.read_text()])[0]
-        except UserError as error:
-            return str(error), None
-        length = int((context != 0).any(1).sum())
-        tensors = dict(
-            first=wan.vae.encode(video[:, :, :1])[0],
-            context=context[:length],
-            pool=info["embeddings"][0],
-            pool_mask=seen.byte(),
-        )
-        if options.latents:
-            tensors["latent"] = wan.vae.encode(video)[0]
-    row = dict(
-        caption=caption.read_text().strip(), frames=frames, size=list(size), fps=fps,
-        coverage=round(coverage, 3), face=round(side, 1),
-    )  # fmt: skip
+        raise Refused(f"{len(video)} frames, {frames} are needed")
+    video = np.stack([fit(Image.fromarray(frame), size) for frame in video[:frames]])
+    return caption.read_text().strip(), to_tensor(video), fps
+
+
+def pool_of(reward, video, options):
+    """The pool (embeddings and mask of every frame with a face) and what the index says of the faces; or Refused."""
+    info = reward.look(video)
+    seen = info["mask"][0]
+    coverage = float(seen.float().mean())
+    crowd = float((info["count"][0] > options.people).float().mean())
+    if coverage < options.coverage:
+        raise Refused(f"a face in {coverage:.0%} of the frames, {options.coverage:.0%} are needed")
+    boxes = info["boxes"][0][seen]
+    side = float((boxes[:, 2:] - boxes[:, :2]).max()) if len(boxes) else 0.0
+    if side > options.max_face:
+        raise Refused(f"a face of {side:.0f} px, at most {options.max_face:.0f} are allowed")
+    if crowd > 0.1:
+        raise Refused(f"more than {options.people} face(s) in {crowd:.0%} of the frames")
+    return dict(pool=info["embeddings"][0], pool_mask=seen.byte()), dict(
+        coverage=round(coverage, 3), face=round(side, 1)
+    )
+
+
+@torch.no_grad()
+def prepare(wan, reward, path, options, frames, size):
+    """One clip's tensors to cache, and its row of the index. Raises Refused with the reason why it is not taken."""
+    caption, video, fps = read_clip(path, frames, size)
+    video = video.to(next(wan.vae.parameters()).device)
+    try:
+        context = wan.encode_text([caption])[0]
+    except UserError as error:
+        raise Refused(str(error)) from None
+    tensors = dict(context=context[: int((context != 0).any(1).sum())])
+    row = dict(caption=caption, frames=frames, size=list(size), fps=fps)
+    if options.latents:
+        tensors["latent"] = wan.vae.encode(video)[0]
+        tensors["first"] = tensors["latent"][:, :1]  # the VAE is causal: a clip's first frame is coded alone
+    else:
+        faces, about = pool_of(reward, video, options)
+        tensors |= faces | dict(first=wan.vae.encode(video[:, :, :1])[0])
+        row |= about
     return row, {k: v.half().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()}
 
 
@@ -156,7 +169,7 @@ def main():
     latent_size(preset, frames, size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wan = load_model(options.model, options.ckpt, device)
-    reward = FaceReward.from_folder(options.faces, device)
+    reward = None if options.latents else FaceReward.from_folder(options.faces, device)
     named = all(p.relative_to(source).parts[0] in SPLITS for p in files)
     held = set(np.random.default_rng(0).permutation(len(files))[: round(options.split * len(files))])
     (out / "cache").mkdir(parents=True)
@@ -164,12 +177,11 @@ def main():
     with open(out / "index.part", "w") as index, open(out / "rejected.jsonl", "w") as rejected:
         for i, path in enumerate(tqdm(files, desc="clips")):
             name = path.relative_to(source).with_suffix("")
-            row, tensors = judge(wan, reward, path, options, frames, size)
-            if tensors is None:
+            try:
+                row, tensors = prepare(wan, reward, path, options, frames, size)
+            except Refused as reason:
                 print(
-                    json.dumps(dict(clip=str(path.relative_to(source)), reason=row)),
-                    file=rejected,
-                    flush=True,
+                    json.dumps(dict(clip=str(path.relative_to(source)), reason=str(reason))), file=rejected, flush=True
                 )
                 continue
             split = name.parts[0] if named else SPLITS[i in held]

@@ -262,28 +262,16 @@ def dit(args):
 
     from model import CONFIGS, WanDiT, write_safetensors
 
-    start, data, run = args.work / "start", args.work / "dataset", args.work / "dit"
-    if not (data / "index.jsonl").exists():
-        shutil.rmtree(data, ignore_errors=True)
-        program(
-            "data.py",
-            args.work / "clips",
-            "--out",
-            data,
-            "--latents",
-            "--people",
-            2,
-            "--coverage",
-            0,
-            "--max_face",
-            1000,
-        )
+    start, latents, run = args.work / "start", args.work / "latents", args.work / "dit"
     if not (start / "dit.safetensors").exists():
         start.mkdir(exist_ok=True)
         for name in ("vae.safetensors", "text.safetensors", "tokenizer.json"):
             shutil.copyfile(ASSETS / name, start / name)
         torch.manual_seed(0)
         write_safetensors(WanDiT(CONFIGS["tiny"].dit).state_dict(), start / "dit.safetensors")
+    if not (latents / "index.jsonl").exists():
+        shutil.rmtree(latents, ignore_errors=True)
+        program("data.py", args.work / "clips", "--out", latents, "--latents", "--ckpt", start)
     resume = ["--resume"] if (run / "options.json").exists() else []
     program(
         "train.py",
@@ -292,7 +280,7 @@ def dit(args):
         "--ckpt",
         start,
         "--data",
-        data,
+        latents,
         "--out",
         run,
         "--lora_rank",

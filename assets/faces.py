@@ -28,7 +28,7 @@ from reward import ArcFace, FaceDetector, align
 
 LAYERS, WIDTHS = (1, 2, 2, 1), (16, 32, 64, 128)
 MARGIN, SCALE = 0.35, 32.0
-ARCFACE_STEPS, ARCFACE_BATCH = 1000, 64
+ARCFACE_STEPS, ARCFACE_BATCH = 800, 64
 DETECTOR_STEPS, DETECTOR_BATCH = 2600, 32
 INPUT_SIZE = 128  # of the detector: the tiny world's frames as they are
 
