@@ -1,29 +1,31 @@
-"""The face reward (IPRO, arXiv 2510.14255, section 3): detect -> align -> ArcFace -> facial scoring; the velocity KL.
+"""The face reward (IPRO, arXiv 2510.14255): detect -> align -> ArcFace -> facial scoring; the velocity KL.
 
-Detection is not differentiated: it says where the faces are. From the pixels under the landmarks on, all is: one
-`grid_sample` takes every face from its full frame straight to ArcFace's 112x112 crop, a frozen IResNet embeds the
-crops, and the facial scoring mechanism (FSM) compares each generated face with all faces of the true clip.
+Detection is not differentiated: it says where the faces are. From the pixels under the landmarks on, all is:
+one `grid_sample` takes every face from its full frame straight to ArcFace's 112x112 crop, a frozen IResNet
+embeds the crops, and the facial scoring mechanism (FSM) compares each generated face with all faces of the
+true clip.
 
+All of it is fp32, RGB and [-1, 1]; points are (x, y) pixels, and an integer coordinate is a pixel's centre.
 Sources of behaviour: InsightFace's SCRFD and face_align (python-package), arcface_torch's iresnet.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from model import UserError, open_safetensors
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Detect
 
 
 def nms(boxes, scores, overlap):
-    """Indices of the boxes [n, 4] kept, best first: none has an IoU above `overlap` with a better one."""
+    """Indices of the boxes [n, 4] kept, best score first: none overlaps a better one by IoU > `overlap`."""
     order = np.argsort(-scores, kind="stable")
     x0, y0, x1, y1 = boxes[order].T
     area = (x1 - x0).clip(0) * (y1 - y0).clip(0)
@@ -37,11 +39,13 @@ def nms(boxes, scores, overlap):
     return order[alive]
 
 
+@dataclass
 class Faces:
-    """What a frame shows: boxes [n, 4] (x0, y0, x1, y1), scores [n], landmarks [n, 5, 2]; pixels, best score first."""
+    """What one frame shows, best score first; in the frame's pixels, on the CPU."""
 
-    def __init__(self, boxes, scores, landmarks):
-        self.boxes, self.scores, self.landmarks = (torch.from_numpy(x) for x in (boxes, scores, landmarks))
+    boxes: torch.Tensor  # [n, 4] x0, y0, x1, y1
+    scores: torch.Tensor  # [n] in 0..1
+    landmarks: torch.Tensor  # [n, 5, 2]: eyes, nose tip, mouth corners; the image's left one first
 
     def __len__(self):
         return len(self.scores)
@@ -50,10 +54,12 @@ class Faces:
 class FaceDetector:
     """SCRFD through onnxruntime: frames [F, 3, H, W] RGB in [-1, 1] to a list of F `Faces`.
 
-    Reads any graph with SCRFD's nine outputs (scores, boxes, landmarks at strides 8, 16, 32; two anchors a cell;
-    distances in strides). Frames are letterboxed to the top left of the network's input: the graph's own size, or
-    the `input_size` in its metadata, or 640. Raises UserError for a missing file or another kind of graph, and where
-    a GPU is there but onnxruntime cannot use it (`providers=["CPUExecutionProvider"]` asks for the CPU).
+    Reads any graph with SCRFD's nine outputs (scores, boxes, landmarks at strides 8, 16, 32; two anchors a
+    cell; distances in strides), whatever their names and order. Frames are letterboxed to the top left of the
+    network's input: the graph's own size, or the `input_size` in its metadata, or 640. All frames go as one
+    batch where the graph can take it, otherwise one by one. `provider` says what onnxruntime runs on. Raises
+    UserError for a missing file or another kind of graph, and where a GPU is there but onnxruntime cannot use
+    it (`providers=["CPUExecutionProvider"]` asks for the CPU).
     """
 
     def __init__(self, path, providers=None, threshold=0.5, overlap=0.4):
@@ -64,7 +70,7 @@ class FaceDetector:
             providers = ["CPUExecutionProvider"]
             if torch.cuda.is_available():
                 if "CUDAExecutionProvider" not in available:
-                    raise UserError(f"{path}: there is a GPU but onnxruntime has {available}; install onnxruntime-gpu")
+                    raise UserError(f"{path}: a GPU, but onnxruntime has {available}: want onnxruntime-gpu")
                 providers = ["CUDAExecutionProvider", *providers]
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
@@ -73,22 +79,25 @@ class FaceDetector:
             self.session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
         except Exception as error:
             raise UserError(f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})") from None
-        if self.session.get_providers()[0] != providers[0]:
-            raise UserError(
-                f"{path}: {providers[0]} was asked for, onnxruntime fell back to {self.session.get_providers()}"
-            )
-        graph_input, outputs = self.session.get_inputs()[0], self.session.get_outputs()
-        widths = sorted(o.shape[-1] if o.shape and isinstance(o.shape[-1], int) else 0 for o in outputs)
-        if widths != [1, 1, 1, 4, 4, 4, 10, 10, 10]:
-            raise UserError(
-                f"{path}: not an SCRFD detector with landmarks; wanted nine outputs of width 1, 4 and 10, "
-                f"it has {[(o.name, o.shape) for o in outputs]}"
-            )
-        self.name, shape = graph_input.name, graph_input.shape
+        self.provider = self.session.get_providers()[0]
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if self.provider != wanted:
+            raise UserError(f"{path}: {wanted} was asked for, onnxruntime fell back to {self.provider}")
+        entry, outputs = self.session.get_inputs()[0], self.session.get_outputs()
         stored = self.session.get_modelmeta().custom_metadata_map.get("input_size")
-        self.size = [s if isinstance(s, int) else int(stored or 640) for s in shape[2:]]
-        self.batched = not isinstance(shape[0], int) and all(len(o.shape) == 3 for o in outputs)
+        self.name = entry.name
+        self.size = [s if isinstance(s, int) else int(stored or 640) for s in entry.shape[2:]]  # H, W
+        self.batched = not isinstance(entry.shape[0], int) and all(len(o.shape) == 3 for o in outputs)
         self.threshold, self.overlap = threshold, overlap
+        shapes = [o.shape for o in outputs]
+        if len(entry.shape) == 4:  # what a graph declares of its outputs may be symbolic; what it computes is not
+            blank = np.zeros((1, 3, *self.size), np.float32)
+            shapes = [y.shape for y in self.session.run(None, {self.name: blank})]
+            cells = [-(-self.size[0] // stride) * -(-self.size[1] // stride) * 2 for stride in (8, 16, 32)]
+            if sorted(s[-2:] for s in shapes) == sorted((n, width) for n in cells for width in (1, 4, 10)):
+                return
+        has = ", ".join(f"{o.name} {list(s)}" for o, s in zip(outputs, shapes, strict=True))
+        raise UserError(f"{path}: not an SCRFD with landmarks (nine outputs of width 1, 4, 10); it has {has}")
 
     @torch.no_grad()
     def __call__(self, frames):
@@ -98,39 +107,54 @@ class FaceDetector:
         pixels = (frames.detach().float().clamp(-1, 1) + 1) * 127.5
         if (h, w) != (height, width):
             pixels = F.interpolate(pixels, (h, w), mode="bilinear")
-        x = F.pad(pixels, (0, self.size[1] - w, 0, self.size[0] - h))
+        x = F.pad(pixels, (0, self.size[1] - w, 0, self.size[0] - h))  # black below and to the right
         x = ((x - 127.5) / 128).cpu().numpy()
-        batches = [x] if self.batched else np.split(x, len(x))
-        return [
-            faces
-            for batch in batches
-            for faces in self.decode(self.session.run(None, {self.name: batch}), len(batch), scale)
-        ]
+        found = []
+        for batch in [x] if self.batched else np.split(x, len(x)):
+            found += self.decode(self.session.run(None, {self.name: batch}), len(batch), scale)
+        return found
 
     def decode(self, outputs, count, scale):
         """The nine outputs of `count` letterboxed frames to their Faces, in the original frames' pixels."""
         by_width = {width: [] for width in (1, 4, 10)}
         for y in outputs:
-            by_width[y.shape[-1]].append(y.reshape(count, -1, y.shape[-1]))
+            by_width[y.shape[-1]].append(y.reshape(count, -1, y.shape[-1]))  # [count, anchors, width]
         scores, boxes, landmarks = [], [], []
-        for stride, *level in zip((8, 16, 32), *(sorted(v, key=lambda y: -y.shape[1]) for v in by_width.values())):
+        levels = [sorted(v, key=lambda y: -y.shape[1]) for v in by_width.values()]  # finest stride first
+        for stride, score, box, points in zip((8, 16, 32), *levels, strict=True):
             rows, columns = -(-self.size[0] // stride), -(-self.size[1] // stride)
             y, x = np.divmod(np.arange(rows * columns).repeat(2), columns)  # two anchors a cell
             centre = np.stack([x, y], -1)[None] * np.float32(stride)  # [1, anchors, 2]
-            score, box, points = level[0], level[1] * stride, level[2] * stride
+            box, points = box * stride, points * stride
             scores.append(score[..., 0])
             boxes.append(np.concatenate([centre - box[..., :2], centre + box[..., 2:]], -1))
             landmarks.append(centre[:, :, None] + points.reshape(count, -1, 5, 2))
         scores, boxes, landmarks = (np.concatenate(y, 1) for y in (scores, boxes, landmarks))
         faces = []
-        for score, box, points in zip(scores, boxes / np.float32(scale), landmarks / np.float32(scale)):
-            seen = np.flatnonzero(score >= self.threshold)
-            kept = seen[nms(box[seen], score[seen], self.overlap)]
-            faces.append(Faces(box[kept], score[kept], points[kept]))
+        for found in zip(boxes / np.float32(scale), scores, landmarks / np.float32(scale), strict=True):
+            seen = np.flatnonzero(found[1] >= self.threshold)
+            kept = seen[nms(found[0][seen], found[1][seen], self.overlap)]
+            faces.append(Faces(*(torch.from_numpy(y[kept]) for y in found)))
         return faces
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def largest(detections):
+    """The largest face of each of F frames: landmarks [F, 5, 2], boxes [F, 4], mask [F]; zero where none is.
+
+    A face whose landmarks fit no similarity (a detector's answer to noise) counts as none.
+    """
+    landmarks, boxes = torch.zeros(len(detections), 5, 2), torch.zeros(len(detections), 4)
+    mask = torch.zeros(len(detections), dtype=torch.bool)
+    for i, faces in enumerate(detections):
+        area = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1)
+        area = area.where(similarity(faces.landmarks)[0].isfinite(), -torch.inf)
+        if (area > -torch.inf).any():
+            k = area.argmax()
+            landmarks[i], boxes[i], mask[i] = faces.landmarks[k], faces.boxes[k], True
+    return landmarks, boxes, mask
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Align
 
 # where ArcFace expects the eyes, the nose tip and the mouth's corners in its 112x112 crop
@@ -140,33 +164,38 @@ TEMPLATE = torch.tensor(
 
 
 def similarity(landmarks):
-    """Least-squares similarity from landmarks [n, 5, 2] to the template (Umeyama 1991, closed form in the plane).
+    """Least-squares similarity from landmarks [n, 5, 2] to the template (Umeyama 1991, in closed form).
 
-    Returns (a, b, tx, ty), each [n]:  x' = a x - b y + tx,  y' = b x + a y + ty. Raises ValueError where the
-    landmarks are not finite or coincide, for no similarity follows from them.
+    Returns (a, b, tx, ty), each [n]:  u = a x - b y + tx,  v = b x + a y + ty. They are NaN where no
+    similarity follows: landmarks not finite, all one point, or unlike the template (R² of the fit ≤ 1 %).
     """
     source = landmarks.detach().double()
     target = TEMPLATE.to(source)
-    centre, aim = source.mean(1, keepdim=True), target.mean(0)
-    (x, y), (u, v) = (source - centre).unbind(-1), (target - aim).unbind(-1)
+    (cx, cy), aim = source.mean(1).unbind(-1), target.mean(0)
+    (x, y), (u, v) = (source - source.mean(1, keepdim=True)).unbind(-1), (target - aim).unbind(-1)
     spread = (x * x + y * y).sum(1)
-    if not torch.isfinite(source).all() or (spread < 1e-6).any():
-        raise ValueError("landmarks are not finite, or all five are one point")
     a, b = (x * u + y * v).sum(1) / spread, (x * v - y * u).sum(1) / spread
-    cx, cy = centre[:, 0].unbind(-1)
+    likeness = (a * a + b * b) * spread / (u * u + v * v).sum()  # R² of the fit
+    posed = (spread > 1e-6) & (likeness > 0.01)
+    a, b = a.where(posed, torch.nan), b.where(posed, torch.nan)
     return a, b, aim[0] - a * cx + b * cy, aim[1] - b * cx - a * cy
 
 
 def align(frames, landmarks, index=None, size=112):
-    """ArcFace crops [n, 3, 112, 112] in [-1, 1] of faces in frames [F, 3, H, W] in [-1, 1]; gradient to the frames.
+    """ArcFace's crops [n, 3, 112, 112] of faces in frames [F, 3, H, W], both in [-1, 1] and with gradient.
 
-    landmarks [n, 5, 2] in pixels (an integer is a pixel's centre); index [n] says which frame a face is in (default:
-    face i in frame i). One `grid_sample` for all faces, from the full frame straight to the crop; outside the frame
-    all is black, as in InsightFace. A face larger than its crop is sampled on a finer grid and averaged.
+    landmarks [n, 5, 2] in pixels, not differentiated; index [n] says which frame a face is in (default: face
+    i in frame i). One `grid_sample` for all faces, from the full frame straight to the crop; outside the
+    frame all is black, as in InsightFace's face_align. A face larger than its crop is sampled on a finer grid
+    and averaged. Raises ValueError where landmarks fit no similarity (see there); `largest` lets none of
+    those through.
     """
     a, b, tx, ty = similarity(landmarks)
-    norm = a * a + b * b
-    fine = int((1 / norm.sqrt()).max().ceil().clamp(1, 8)) if len(norm) else 1  # samples a side of a crop pixel
+    if not a.isfinite().all():
+        face = int(a.isfinite().long().argmin())
+        raise ValueError(f"face {face}: no similarity fits its landmarks {landmarks[face].tolist()}")
+    norm = a * a + b * b  # scale², crop pixels a frame pixel
+    fine = int(norm.rsqrt().amax().ceil().clamp(1, 8)) if len(norm) else 1  # samples a side of a crop pixel
     steps = (torch.arange(size * fine, device=norm.device, dtype=norm.dtype) + 0.5) / fine - 0.5
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     u, v = u - tx.view(-1, 1, 1), v - ty.view(-1, 1, 1)
@@ -179,11 +208,13 @@ def align(frames, landmarks, index=None, size=112):
     return F.avg_pool2d(crops, fine) if fine > 1 else crops
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Embed
 
 
 class IBasicBlock(nn.Module):
+    """x + bn3(conv2(prelu(bn2(conv1(bn1(x)))))); the stride is conv2's."""
+
     def __init__(self, inplanes, planes, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inplanes)
@@ -194,7 +225,8 @@ class IBasicBlock(nn.Module):
         self.bn3 = nn.BatchNorm2d(planes)
         self.downsample = None
         if stride != 1 or inplanes != planes:
-            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+            shortcut = nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(planes))
 
     def forward(self, x):
         y = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
@@ -202,10 +234,11 @@ class IBasicBlock(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """Improved ResNet of ArcFace: crops [n, 3, 112, 112] RGB in [-1, 1] to embeddings [n, 512], not normalised.
+    """ArcFace's IResNet: crops [n, 3, 112, 112] RGB in [-1, 1] to embeddings [n, 512], not normalised.
 
-    layers: blocks in each of four stages (r50: 3, 4, 14, 3; r100: 3, 13, 30, 3); widths: their channels (64, 128,
-    256, 512). Attribute names are arcface_torch's.
+    layers: blocks in each of four stages (r18: 2, 2, 2, 2; r34: 3, 4, 6, 3; r50: 3, 4, 14, 3; r100: 3, 13,
+    30, 3); widths: their channels, the first also the stem's. Attribute names are arcface_torch's, and so is
+    the layout.
     """
 
     def __init__(self, layers, widths=(64, 128, 256, 512)):
@@ -213,8 +246,8 @@ class ArcFace(nn.Module):
         self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn1, self.prelu = nn.BatchNorm2d(widths[0]), nn.PReLU(widths[0])
         before = widths[0]
-        for i, (count, width) in enumerate(zip(layers, widths), 1):
-            blocks = [IBasicBlock(before if k == 0 else width, width, 2 if k == 0 else 1) for k in range(count)]
+        for i, (count, width) in enumerate(zip(layers, widths, strict=True), 1):
+            blocks = [IBasicBlock(before, width, 2)] + [IBasicBlock(width, width, 1) for _ in range(count - 1)]
             setattr(self, f"layer{i}", nn.Sequential(*blocks))
             before = width
         self.bn2, self.dropout = nn.BatchNorm2d(before), nn.Dropout(0.0)
@@ -228,47 +261,55 @@ class ArcFace(nn.Module):
 
     @classmethod
     def from_file(cls, path):
-        """A frozen network from a state dict (.safetensors, or .pth read with weights_only); sizes follow from it."""
+        """A frozen fp32 network from a state dict (.safetensors, or .pth read with weights_only).
+
+        Depth and widths follow from the tensors' names and shapes. Raises UserError for any other kind of
+        file.
+        """
         path = Path(path)
         if path.suffix == ".safetensors":
-            open_safetensors(path)
-            state = load_file(path)
+            with open_safetensors(path) as file:
+                state = {k: file.get_tensor(k) for k in file.keys()}
         elif not path.is_file():
             raise UserError(f"{path}: no such file; face-embedding weights are needed")
         else:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = dict(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as error:
                 raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from None
-        stages = [
-            sorted(k for k in state if k.startswith(f"layer{i}.") and k.endswith(".conv2.weight")) for i in range(1, 5)
-        ]
-        if not all(stages) or "fc.weight" not in state:
-            raise UserError(f"{path}: not an ArcFace IResNet (no layer1..4 and fc); its first keys: {list(state)[:3]}")
-        model = cls([len(s) for s in stages], [state[s[0]].shape[0] for s in stages])
-        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-        wrong = model.load_state_dict(state, strict=False)
-        missing = [k for k in wrong.missing_keys if not k.endswith("num_batches_tracked")]
-        if missing or wrong.unexpected_keys:
-            raise UserError(
-                f"{path}: not an ArcFace IResNet: missing {missing[:3]}, unexpected {wrong.unexpected_keys[:3]}"
-            )
+        first = [state.get(f"layer{i}.0.conv2.weight") for i in range(1, 5)]
+        if any(w is None for w in first):
+            raise UserError(f"{path}: not an ArcFace IResNet (no layer1..4); it has {list(state)[:3]} ...")
+        blocks = [k.split(".")[0] for k in state if k.endswith(".conv2.weight")]
+        depth = [blocks.count(f"layer{i}") for i in range(1, 5)]
+        model = cls(depth, [len(w) for w in first])
+        want, have = (
+            {k: tuple(v.shape) for k, v in x.items() if not k.endswith("num_batches_tracked")}
+            for x in (model.state_dict(), state)
+        )
+        wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+        if wrong:
+            k = wrong[0]
+            raise UserError(f"{path}: not an ArcFace IResNet: {k} is {have.get(k)}, wanted {want.get(k)}")
+        model.load_state_dict({k: state[k].float() for k in want}, strict=False)
         return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Score
 
 
 def face_score(embeddings, mask, pool, pool_mask, fsm="pool"):
-    """Facial scoring mechanism: R [B] in [-1, 1], how much generated faces are the true clip's (IPRO, section 3).
+    """Facial scoring mechanism: R [B] in [-1, 1], how much generated faces are the true clip's.
 
-    embeddings [B, F', D], mask [B, F'] (true where the generated frame shows a face); pool [B, F, D], pool_mask
-    [B, F], the true clip's.   s_i = mean_j cos(phi(x_i), phi(x_j)),   R = mean_i s_i,   over frames with a face.
-    fsm: "pool" compares with all true frames; "first" with the first of them that shows a face; "aligned" with the
-    true frame of the same time. A clip with nothing to compare scores 0, with gradient 0.
+    embeddings [B, F', D], mask [B, F'] (true where the generated frame shows a face); pool [B, F, D],
+    pool_mask [B, F], the true clip's.   s_i = mean_j cos(phi(x_i), phi(x_j)),   R = mean_i s_i,   over frames
+    with a face. fsm: "pool" compares with all true frames; "first" with the first of them that shows a face;
+    "aligned" with the true frame of the same time. A clip with nothing to compare scores 0, with gradient 0.
     """
-    x, y = F.normalize(embeddings, dim=-1), F.normalize(pool, dim=-1)
+    # faceless frames are zeroed first: what stands there reaches neither the score nor its gradient
+    x = F.normalize(embeddings.masked_fill(~mask.bool()[..., None], 0), dim=-1)
+    y = F.normalize(pool.masked_fill(~pool_mask.bool()[..., None], 0), dim=-1)
     mask, pool_mask = mask.to(x.dtype), pool_mask.to(x.dtype)
     if fsm == "aligned":
         weight = mask * pool_mask
@@ -284,19 +325,25 @@ def face_score(embeddings, mask, pool, pool_mask, fsm="pool"):
     return (score * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def velocity_kl(v, v_ref, sigma, weighting="sigma", dt=None):
-    """The regulariser of one sampling step: omega · mean |v - v_ref|² over the free frames (frame 0 is pinned).
+def velocity_kl(v, v_ref, sigma, weighting="sigma", dt=None, free=slice(1, None)):
+    """The regulariser of one sampling step: omega · mean |v - v_ref|² over the free latent frames; a scalar.
 
-    v, v_ref [B, C, F', h, w]; sigma the step's noise level in 0..1. Taking a step's outcome as a Gaussian of
-    standard deviation s whose mean the velocity moves, KL(p || p_ref) = |mean - mean_ref|² / (2 s²) an element.
-    - "sigma": mean moves by v itself, s = sigma: omega = 1 / (2 sigma²), the official code's (ROLL, reward_fl);
-    - "dt": mean moves by dt·v, the Euler step dt > 0: omega = dt² / (2 sigma²);
+    v, v_ref [B, C, F', h, w]; sigma the step's noise level in 0..1, > 0; free the latent frames that are
+    sampled (default: all but the first, which image-to-video pins). The mean is taken in fp32 at least. Of
+    two Gaussians of one standard deviation s, KL(p || p_ref) = |mean - mean_ref|² / (2 s²) an element.
+    Reading a sampling step as such a Gaussian, whose mean the velocity moves, gives
+    - "sigma": mean moves by v itself, s = sigma: omega = 1 / (2 sigma²), the official code's (ROLL,
+      reward_fl);
+    - "dt": mean moves by dt · v, the Euler step dt > 0, s = sigma: omega = dt² / (2 sigma²);
     - "uniform": omega = 1.
     """
     if weighting not in ("sigma", "dt", "uniform"):
         raise ValueError(f"weighting is sigma, dt or uniform, not {weighting!r}")
+    if weighting == "dt" and dt is None:
+        raise ValueError("weighting 'dt' needs dt, the Euler step's size")
     omega = {"sigma": 0.5 / sigma**2, "dt": 0.5 * ((dt or 0) / sigma) ** 2, "uniform": 1.0}[weighting]
-    return omega * (v - v_ref)[:, :, 1:].to(torch.promote_types(v.dtype, torch.float32)).square().mean()
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return omega * (v[:, :, free].to(wide) - v_ref[:, :, free].to(wide)).square().mean()
 
 
 class FaceReward:
@@ -308,45 +355,51 @@ class FaceReward:
     @classmethod
     def from_folder(cls, folder, device="cpu"):
         folder = Path(folder)
-        return cls(
-            FaceDetector(folder / "detector.onnx"),
-            ArcFace.from_file(folder / "arcface.safetensors").to(device),
-        )
+        arcface = ArcFace.from_file(folder / "arcface.safetensors").to(device)
+        return cls(FaceDetector(folder / "detector.onnx"), arcface)
 
     def look(self, video):
-        """The largest face of every frame of video [B, 3, F, H, W] in [-1, 1]; gradient from embeddings to pixels.
+        """The largest face of every frame of video [B, 3, F, H, W] in [-1, 1], embedded with gradient.
 
-        Returns a dict of mask [B, F] bool, count [B, F] faces seen, boxes [B, F, 4] and landmarks [B, F, 5, 2] in
-        pixels (zero where there is none), and embeddings [B, F, 512] (zero where there is none).
+        Returns a dict of mask [B, F] bool, count [B, F] faces seen, boxes [B, F, 4] and landmarks [B, F, 5,
+        2] in pixels (zero where there is none), and embeddings [B, F, 512] (zero where there is none).
         """
-        B, _, T = video.shape[:3]
+        shape = video.shape[0], video.shape[2]
         frames = video.transpose(1, 2).flatten(0, 1)  # [B F, 3, H, W]
-        boxes, landmarks = torch.zeros(B * T, 4), torch.zeros(B * T, 5, 2)
-        count = torch.zeros(B * T, dtype=torch.long)
-        for i, faces in enumerate(self.detector(frames)):
-            if len(faces):
-                largest = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax()
-                boxes[i], landmarks[i], count[i] = faces.boxes[largest], faces.landmarks[largest], len(faces)
-        index = count.nonzero()[:, 0].to(frames.device)
-        embeddings = frames.new_zeros(B * T, 512)
-        if len(index):
-            crops = align(frames, landmarks.to(frames.device)[index], index)
-            embeddings = embeddings.index_copy(0, index, self.arcface(crops).to(embeddings.dtype))
-        info = dict(mask=count > 0, count=count, boxes=boxes, landmarks=landmarks, embeddings=embeddings)
-        return {name: value.to(frames.device).unflatten(0, (B, T)) for name, value in info.items()}
+        detections = self.detector(frames)
+        landmarks, boxes, mask = (x.to(frames.device) for x in largest(detections))
+        index = mask.nonzero()[:, 0]
+        faces = self.arcface(align(frames, landmarks[index], index))  # run for no face too: a gradient of zero
+        embeddings = faces.new_zeros(len(frames), faces.shape[1]).index_copy(0, index, faces)
+        count = torch.tensor([len(d) for d in detections], device=frames.device) * mask
+        info = dict(mask=mask, count=count, boxes=boxes, landmarks=landmarks, embeddings=embeddings)
+        return {name: value.unflatten(0, shape) for name, value in info.items()}
 
     def score(self, video, pool, pool_mask, fsm="pool"):
-        """R [B] of a video [B, 3, F, H, W] against pool [B, F, 512], and what `look` saw."""
+        """R [B] of a video [B, 3, F, H, W] in [-1, 1] against pool [B, Fp, 512] with pool_mask [B, Fp].
+
+        Returns R, differentiable in the video, and what `look` saw plus: missing [B] bool, where there is
+        nothing to compare (R and its gradient are zero there); face_rate [B], the share of frames with a
+        face; similarity [B, F], each frame's mean cosine to the pool, s_i (zero where there is no face).
+        """
         info = self.look(video)
-        return face_score(info["embeddings"], info["mask"], pool, pool_mask, fsm), info
+        reward = face_score(info["embeddings"], info["mask"], pool, pool_mask, fsm)
+        with torch.no_grad():
+            embeddings, mask = info["embeddings"].flatten(0, 1)[:, None], info["mask"].flatten()[:, None]
+            everyone = [x.repeat_interleave(info["mask"].shape[1], 0) for x in (pool, pool_mask)]
+            info["similarity"] = face_score(embeddings, mask, *everyone).view_as(info["mask"])
+        info["face_rate"] = info["mask"].float().mean(1)
+        info["missing"] = ~(info["mask"].any(1) & pool_mask.bool().any(1))
+        return reward, info
 
 
 def clip_metrics(frames, info, image=None):
     """What is watched in one clip: uint8 frames [F, H, W, 3], `look` of it, and `look` of the input image.
 
-    facesim: mean cosine of the frames' embeddings to the input image's (the paper's FaceSim; None without faces or
-    image); face_rate: share of frames with a face; motion: mean landmark speed over the face's size, a frame (None
-    where no two neighbouring frames show a face); tf: VBench's temporal flickering, (255 - mean |difference|)/255.
+    facesim: mean cosine of the frames' embeddings to the input image's (the paper's FaceSim; None without
+    faces or image); face_rate: share of frames with a face; motion: mean landmark speed over the face's size,
+    a frame (None where no two neighbouring frames show a face); tf: VBench's temporal flickering, (255 - mean
+    |difference|)/255.
     """
     mask = info["mask"][0]
     facesim = motion = None

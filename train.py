@@ -109,11 +109,9 @@ def ipro_step(wan, reward, batch, options, sigma, noise):
         with autocast(noise.device):
             video = wan.vae.decode(x).float()
         score, info = reward.score(video, batch["pool"][b : b + 1], batch["pool_mask"][b : b + 1], options.fsm)
-        found = bool(info["mask"].any()) and bool(batch["pool_mask"][b].any())
         # g = d(-w_R R)/dx_N; the decoder's and the face network's graph is freed here
-        grad = torch.autograd.grad(-options.reward_weight * score.sum() / size, x)[0] if found else 0 * x.detach()
-        grads.append(grad)
-        scores.append(float(score) if found else None)
+        grads.append(torch.autograd.grad(-options.reward_weight * score.sum() / size, x)[0])
+        scores.append(None if info["missing"] else float(score.detach()))
         metrics.append(clip_metrics(to_frames(video.detach()), info))
     kls = []
 

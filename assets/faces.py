@@ -214,11 +214,28 @@ class Detector(nn.Module):
         return outputs if logits else tuple(level[k] for k in range(3) for level in outputs)
 
 
+def empty_scene(frame, boxes, rng):
+    """A part of a frame beside its faces (hair, clothes, walls), or its tiles shuffled where there is no such part."""
+    picture = torch.from_numpy(np.array(frame))[None].float() / 127.5 - 1
+    for _ in range(10):
+        side = int(rng.integers(24, 64))
+        x, y = rng.integers(0, 128 - side, 2)
+        w, h = (np.minimum(boxes[:, 2:], [x + side, y + side]) - np.maximum(boxes[:, :2], [x, y])).clip(0).T
+        if (w * h == 0).all():
+            return F.interpolate(picture[..., y : y + side, x : x + side], (128, 128), mode="bicubic")
+    tiles = F.unfold(picture, 16, stride=16)[..., torch.from_numpy(rng.permutation(64))]
+    return F.fold(tiles, 128, 16, stride=16)
+
+
 def scenes(clips, boxes, landmarks, rng, size):
     """Randomly scaled, turned, shifted, mirrored and degraded frames with their boxes and landmarks."""
     pictures, targets = [], []
     for _ in range(size):
         i, t = rng.integers(len(clips)), rng.integers(17)
+        if rng.random() < 0.12:
+            pictures.append(empty_scene(clips[i, t], boxes[i, t], rng))
+            targets.append([])
+            continue
         scale, turn = np.exp(rng.uniform(np.log(0.35), np.log(1.7))), rng.normal(0, 0.15)
         mirror = rng.random() < 0.5
         c, s = scale * np.cos(turn), scale * np.sin(turn)
@@ -232,7 +249,7 @@ def scenes(clips, boxes, landmarks, rng, size):
         theta = np.concatenate([inverse, (inverse @ (np.array([63.5, 63.5]) - shift) - 63.5)[:, None] / 64], 1)
         grid = F.affine_grid(torch.from_numpy(theta[None]).float(), (1, 3, 128, 128), align_corners=False)
         picture = torch.from_numpy(np.array(clips[i, t]))[None].float() / 127.5 - 1
-        pictures.append(F.grid_sample(picture, grid, padding_mode="reflection", align_corners=False))
+        pictures.append(F.grid_sample(picture, grid, padding_mode="border", align_corners=False))
         found = []
         for j in present:
             x0, y0, x1, y1 = boxes[i, t, j]

@@ -1,236 +1,515 @@
-"""Detection, alignment, embedding, scoring and the KL, each against something written another way."""
-
-import io
+"""The reward's parts against plain loops, scikit-image, onnxruntime and finite differences."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
 
+from data import Clips
 from model import ASSETS, UserError, write_safetensors
 from reward import (
     TEMPLATE,
     ArcFace,
     FaceDetector,
     FaceReward,
+    Faces,
     align,
     clip_metrics,
     face_score,
-    nms,
+    largest,
     similarity,
     velocity_kl,
 )
+from sample import to_tensor
 
-LANDMARKS = torch.tensor(
-    [[[40.0, 50], [70, 48], [55, 65], [44, 80], [66, 79]], [[90, 31], [101, 42], [90, 43], [80, 46], [88, 54]]]
+CPU = ["CPUExecutionProvider"]
+
+
+def turned(scale, degrees, shift, noise=0.0):
+    """Landmarks [1, 5, 2]: the template scaled, turned and moved, with noise in pixels."""
+    c, s = scale * np.cos(np.radians(degrees)), scale * np.sin(np.radians(degrees))
+    points = TEMPLATE.double() @ torch.tensor([[c, s], [-s, c]]).double() + torch.tensor(shift).double()
+    return (points + noise * torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double())[None]
+
+
+def smooth(count, height, width, seed=0):
+    """Frames in [-1, 1] without detail finer than a few pixels, where any bilinear warp agrees with any other."""
+    coarse = torch.rand(count, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return F.interpolate(coarse.double(), (height, width), mode="bicubic").clamp(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Align
+
+
+@pytest.mark.parametrize("scale, degrees", [(0.4, 0), (0.7, 25), (1.0, -40), (0.9, 170)])
+def test_align_brings_landmarks_to_the_template(scale, degrees):
+    """A bump painted at each landmark has its centre of mass at the template's point of the crop."""
+    landmarks = turned(scale, degrees, (90.3, 80.6))
+    y, x = torch.meshgrid(torch.arange(260.0), torch.arange(260.0), indexing="ij")
+    bumps = [torch.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * 1.5**2)) for px, py in landmarks[0]]
+    frames = (torch.stack(bumps)[:, None].repeat(1, 3, 1, 1) * 2 - 1).double()
+    crops = (align(frames, landmarks.repeat(5, 1, 1)) + 1)[:, 0]
+    v, u = torch.meshgrid(torch.arange(112.0).double(), torch.arange(112.0).double(), indexing="ij")
+    centres = torch.stack([(crops * u).sum((1, 2)), (crops * v).sum((1, 2))], 1) / crops.sum((1, 2))[:, None]
+    assert (centres - TEMPLATE).norm(dim=1).max() < 0.05
+
+
+def test_similarity_is_umeyama_with_noisy_landmarks():
+    transform = pytest.importorskip("skimage.transform")
+    for landmarks in (turned(0.6, 10, (30, 40), 3.0), turned(2.5, -70, (300, 90), 8.0)):
+        points, template = landmarks[0].numpy(), TEMPLATE.double().numpy()
+        theirs = transform.SimilarityTransform.from_estimate(points, template)
+        a, b, tx, ty = (float(x) for x in similarity(landmarks))
+        assert np.allclose([[a, -b, tx], [b, a, ty], [0, 0, 1]], theirs.params, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [(40.0, 30.0), (-30.0, -20.0)])  # the second reaches over the frame's border
+def test_align_equals_skimage_warp_with_a_black_border(shift):
+    transform = pytest.importorskip("skimage.transform")
+    frames, landmarks = smooth(2, 160, 200), turned(0.8, 20, shift, 1.0)
+    ours = align(frames, landmarks, torch.tensor([1]))[0].permute(1, 2, 0).numpy()
+    a, b, tx, ty = (float(x) for x in similarity(landmarks))
+    matrix = transform.SimilarityTransform(np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]]))
+    picture = (frames[1].permute(1, 2, 0).numpy() + 1) / 2
+    theirs = transform.warp(picture, matrix.inverse, output_shape=(112, 112), order=1, mode="constant", cval=0)
+    assert np.abs((ours + 1) / 2 - theirs).mean() < 1 / 255
+    if shift[0] < 0:
+        assert ours[0, 0].max() == -1  # black, not grey
+
+
+def test_align_averages_where_a_face_is_larger_than_its_crop():
+    """Stripes a pixel wide: plain sampling of a 4x larger face would alias, the average is grey."""
+    frames = torch.ones(1, 3, 600, 600)
+    frames[..., ::2] = -1
+    crop = align(frames, turned(4.0, 0, (40.25, 40.25)).float())
+    assert crop[..., 8:-8, 8:-8].abs().max() < 0.3
+
+
+def test_align_gradient_is_the_finite_difference_and_is_zero_outside_the_crop():
+    landmarks = turned(0.5, 15, (20.2, 16.7)).requires_grad_()
+    frames = smooth(1, 96, 120).requires_grad_()
+    weight = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(1)).double()
+
+    def value(x):
+        return (align(x, landmarks).tanh() * weight).sum()
+
+    (grad,) = torch.autograd.grad(value(frames), frames)
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(frames.shape, generator=generator).double()
+    step = 1e-6
+    with torch.no_grad():
+        slope = (value(frames + step * direction) - value(frames - step * direction)) / (2 * step)
+    assert float((grad * direction).sum()) == pytest.approx(float(slope), rel=1e-6)
+    assert landmarks.grad is None
+    a, b, tx, ty = (float(x) for x in similarity(landmarks))
+    y, x = torch.meshgrid(torch.arange(96.0), torch.arange(120.0), indexing="ij")
+    u, v = a * x - b * y + tx, b * x + a * y + ty
+    margin = 2 * np.hypot(a, b)  # bilinear reach of a pixel, in crop pixels
+    outside = (u < -margin) | (u > 111 + margin) | (v < -margin) | (v > 111 + margin)
+    inside = (u > 1) & (u < 110) & (v > 1) & (v < 110)
+    assert outside.any() and not grad[:, :, outside].any() and (grad[:, :, inside] != 0).all()
+
+
+def test_align_says_which_landmarks_fit_no_similarity():
+    frames, good = smooth(1, 64, 64), turned(0.4, 0, (5.0, 5.0))
+    for bad in (
+        torch.full((1, 5, 2), 7.0),
+        torch.full((1, 5, 2), torch.nan),
+        good.clone().index_fill(1, torch.tensor([2]), torch.inf),
+    ):
+        with pytest.raises(ValueError, match="face 1: no similarity"):
+            align(frames, torch.cat([good, bad.double()]), torch.tensor([0, 0]))
+    line = torch.stack([torch.linspace(10, 50, 5)] * 2, 1)[None].double()
+    assert align(frames, line).isfinite().all()  # on one line: a poor fit, but one and only one
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Detect
+
+
+def graph(path, sizes, batch="batch", rank=3, order=None, metadata=None):
+    """An ONNX file with SCRFD's interface: nine outputs that are a known function of the frame.
+
+    Each output is a constant plus 0.25 x the frame's mean, so that a batch mixed up would show.
+    """
+    generator = np.random.default_rng(0)
+    height, width = sizes
+    nodes = [helper.make_node("ReduceMean", ["x"], ["m"], axes=[1, 2, 3], keepdims=0),
+             helper.make_node("Constant", [], ["q"], value=numpy_helper.from_array(np.float32(0.25))),
+             helper.make_node("Mul", ["m", "q"], ["s"]),
+             helper.make_node("Constant", [], ["one"], value=numpy_helper.from_array(np.array([-1, 1, 1]))),
+             helper.make_node("Reshape", ["s", "one"], ["b"])]  # fmt: skip
+    flat = helper.make_node("Constant", [], ["flat"], value=numpy_helper.from_array(np.array([-1, 1])))
+    nodes += [flat] if rank == 2 else []
+    outputs, tables = [], {}
+    for stride in (8, 16, 32):
+        anchors = -(-height // stride) * -(-width // stride) * 2
+        for columns in (1, 4, 10):
+            table = generator.random((anchors, columns)).astype(np.float32)
+            table = table if columns == 1 else table * 3 + (0 if columns == 4 else -1.5)
+            name = f"{('score', 'box', 'kps')[(1, 4, 10).index(columns)]}_{stride}"
+            tables[columns, stride] = table
+            nodes.append(helper.make_node("Constant", [], [f"c_{name}"], value=numpy_helper.from_array(table[None])))
+            out = f"{name}3" if rank == 2 else name
+            nodes.append(helper.make_node("Add", [f"c_{name}", "b"], [out]))
+            if rank == 2:
+                nodes.append(
+                    helper.make_node(
+                        "Constant", [], [f"f_{name}"], value=numpy_helper.from_array(np.array([-1, columns]))
+                    )
+                )
+                nodes.append(helper.make_node("Reshape", [out, f"f_{name}"], [name]))
+            shape = [anchors, columns] if rank == 2 else [batch, anchors, columns]
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    if order is not None:
+        outputs = [outputs[i] for i in order]
+    dims = [batch, 3, "h", "w"] if metadata else [batch, 3, height, width]
+    entry = helper.make_tensor_value_info("x", TensorProto.FLOAT, dims)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [entry], outputs), opset_imports=[helper.make_opsetid("", 13)]
+    )
+    model.ir_version = 8
+    for key, value in (metadata or {}).items():
+        prop = model.metadata_props.add()
+        prop.key, prop.value = key, value
+    onnx.save(model, path)
+    return tables
+
+
+def reference_detections(tables, mean, size, scale, threshold=0.5, overlap=0.4):
+    """Decoding and NMS of one frame as plain loops: rows of (score, box, landmarks)."""
+    rows = []
+    for stride in (8, 16, 32):
+        columns = -(-size[1] // stride)
+        for k in range(len(tables[1, stride])):
+            score, box, five = (tables[c, stride][k] + 0.25 * mean for c in (1, 4, 10))
+            if score[0] < threshold:
+                continue
+            y, x = divmod(k // 2, columns)
+            cx, cy = x * stride, y * stride
+            box = [cx - box[0] * stride, cy - box[1] * stride, cx + box[2] * stride, cy + box[3] * stride]
+            five = [(cx + five[2 * i] * stride, cy + five[2 * i + 1] * stride) for i in range(5)]
+            rows.append((float(score[0]), np.array(box) / scale, np.array(five) / scale))
+    rows.sort(key=lambda r: -r[0])
+    kept = []
+    for row in rows:
+        for other in kept:
+            a, b = row[1], other[1]
+            both = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+            union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+            if both / union > overlap:
+                break
+        else:
+            kept.append(row)
+    return kept
+
+
+SHUFFLED = [4, 0, 8, 2, 6, 1, 5, 3, 7]
+
+
+@pytest.mark.parametrize(
+    "sizes, frame, options",
+    [
+        ((64, 96), (32, 48), dict()),  # rank 3, dynamic batch
+        ((64, 96), (64, 50), dict(order=SHUFFLED)),  # letterboxed to the right; outputs in any order
+        ((96, 64), (192, 100), dict(batch=1, rank=2)),  # frame by frame, as the released graphs go
+        ((64, 64), (40, 64), dict(metadata={"input_size": "64"})),  # size from the metadata
+    ],
 )
+def test_detections_equal_plain_loops(tmp_path, sizes, frame, options):
+    tables = graph(tmp_path / "d.onnx", sizes, **options)
+    detector = FaceDetector(tmp_path / "d.onnx", CPU)
+    assert detector.size == list(sizes) and detector.provider == CPU[0]
+    frames = torch.stack([torch.full((3, *frame), c) for c in (-1.0, 0.2, 1.0)])
+    found = detector(frames)
+    scale = min(sizes[0] / frame[0], sizes[1] / frame[1])
+    h, w = round(frame[0] * scale), round(frame[1] * scale)
+    assert len(found) == 3
+    for faces, c in zip(found, (-1.0, 0.2, 1.0), strict=True):
+        letterbox = np.full((3, *sizes), -127.5 / 128)
+        letterbox[:, :h, :w] = ((c + 1) * 127.5 - 127.5) / 128
+        expected = reference_detections(tables, letterbox.mean(), sizes, scale)
+        assert len(faces) == len(expected) > 3
+        assert np.allclose(faces.scores, [r[0] for r in expected], atol=1e-5)
+        assert np.allclose(faces.boxes, np.stack([r[1] for r in expected]), atol=1e-3)
+        assert np.allclose(faces.landmarks, np.stack([r[2] for r in expected]), atol=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ the mechanism
+def test_the_letterbox_is_top_left_and_rgb_is_kept(tmp_path):
+    """What the network is given, caught on its way in."""
+    graph(tmp_path / "d.onnx", (64, 64))
+    detector = FaceDetector(tmp_path / "d.onnx", CPU)
+    seen = []
+    run = detector.session.run
+
+    class Spy:
+        def run(self, names, feed):
+            seen.append(feed["x"])
+            return run(names, feed)
+
+    detector.session = Spy()
+    frames = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).repeat(1, 1, 32, 16)
+    detector(frames)
+    assert np.allclose(seen[0][0, :, 5, 5], [127.5 / 128, 0, -127.5 / 128])
+    assert np.allclose(seen[0][0, :, :, 33:], -127.5 / 128) and seen[0].shape == (1, 3, 64, 64)
+
+
+def test_the_largest_face_is_taken_and_one_without_a_similarity_is_none():
+    five = turned(0.3, 0, (5.0, 5.0)).float()[0]
+    one = torch.zeros(5, 2)
+
+    def faces(*found):
+        boxes = torch.tensor([[0, 0, side, side] for side, _ in found]).float().view(-1, 4)
+        return Faces(boxes, torch.ones(len(found)), torch.stack([p for _, p in found] or [one])[: len(found)])
+
+    landmarks, boxes, mask = largest(
+        [faces((20, five), (40, five + 9)), faces(), faces((50, one)), faces((9, one), (5, five))]
+    )
+    assert mask.tolist() == [True, False, False, True]
+    assert torch.equal(landmarks[0], five + 9) and boxes[3, 2] == 5 and not landmarks[1:3].any()
+
+
+def test_what_is_no_detector_is_named_with_its_outputs(tmp_path):
+    with pytest.raises(UserError, match=r"none\.onnx: no such file"):
+        FaceDetector(tmp_path / "none.onnx")
+    (tmp_path / "torn.onnx").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"torn\.onnx: not a readable ONNX"):
+        FaceDetector(tmp_path / "torn.onnx", CPU)
+    graph(tmp_path / "few.onnx", (64, 64), order=[0, 1, 3, 4, 6, 7])  # scores and boxes only
+    with pytest.raises(UserError, match=r"not an SCRFD.*it has score_8 \[1, 128, 1\]"):
+        FaceDetector(tmp_path / "few.onnx", CPU)
+
+
+def test_a_gpu_that_onnxruntime_cannot_use_is_an_error_unless_the_cpu_is_asked_for(tmp_path, monkeypatch):
+    graph(tmp_path / "d.onnx", (64, 64))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: CPU)
+    with pytest.raises(UserError, match="onnxruntime-gpu"):
+        FaceDetector(tmp_path / "d.onnx")
+    assert FaceDetector(tmp_path / "d.onnx", CPU).provider == CPU[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Embed
+
+
+def random_arcface(seed=0, layers=(1, 2, 1, 1), widths=(4, 6, 8, 10)):
+    """A small IResNet in which every parameter and statistic matters."""
+    torch.manual_seed(seed)
+    model = ArcFace(layers, widths)
+    for name, x in model.state_dict().items():
+        if name.endswith("running_var"):
+            x.uniform_(0.5, 2)
+        elif x.is_floating_point() and x.dim() == 1:
+            x.copy_(0.3 * torch.randn_like(x) + (1 if name.endswith("weight") else 0))
+    return model.eval().requires_grad_(False)
+
+
+def test_iresnet_exported_to_onnx_equals_onnxruntime(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, crops = random_arcface(), smooth(3, 112, 112).float()
+    torch.onnx.export(model, (crops,), str(tmp_path / "a.onnx"), input_names=["x"], opset_version=17, dynamo=False)
+    theirs = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=CPU).run(None, {"x": crops.numpy()})[0]
+    ours = model(crops).numpy()
+    assert ours.std() > 0.1 and np.abs(ours - theirs).max() < 1e-4
+
+
+def test_iresnet50_has_the_released_layers():
+    """53 convolutions and 25 PReLUs; of the batch-norms, 26 are not folded into a convolution by the export."""
+    with torch.device("meta"):
+        state = ArcFace((3, 4, 14, 3)).state_dict()
+    assert sum(v.dim() == 4 for v in state.values()) == 53
+    assert sum("prelu" in k for k in state) == 25
+    folded = sum(k.endswith((".bn2.running_var", ".bn3.running_var", "downsample.1.running_var")) for k in state) + 1
+    assert sum(k.endswith("running_var") for k in state) - folded == 26
+    assert state["fc.weight"].shape == (512, 512 * 7 * 7) and state["layer2.0.conv2.weight"].shape == (
+        128,
+        128,
+        3,
+        3,
+    )
+    names = {"conv1.weight", "bn1.weight", "prelu.weight", "layer1.0.downsample.0.weight", "features.bias"}
+    assert names <= set(state)
+
+
+def test_weights_are_read_back_from_every_layout_with_the_size_from_their_shapes(tmp_path):
+    model, crops = random_arcface(), smooth(2, 112, 112).float()
+    write_safetensors(model.state_dict(), tmp_path / "a.safetensors")
+    write_safetensors(
+        {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
+        tmp_path / "b.safetensors",
+    )
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    for name, tolerance in (("a.safetensors", 0), ("a.pth", 0), ("b.safetensors", 2e-2)):  # fp16 has 11 bits
+        again = ArcFace.from_file(tmp_path / name)
+        assert not again.training and all(p.dtype == torch.float32 and not p.requires_grad for p in again.parameters())
+        assert (again(crops) - model(crops)).abs().max() <= tolerance
+
+
+def test_what_is_no_arcface_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.pth: no such file"):
+        ArcFace.from_file(tmp_path / "none.pth")
+    state = random_arcface().state_dict()
+    torch.save(dict(list(state.items())[:3]), tmp_path / "part.pth")
+    with pytest.raises(UserError, match=r"part\.pth: not an ArcFace IResNet"):
+        ArcFace.from_file(tmp_path / "part.pth")
+    torch.save({**state, "fc.weight": torch.zeros(512, 7)}, tmp_path / "wide.pth")
+    with pytest.raises(UserError, match=r"fc\.weight is \(512, 7\)"):
+        ArcFace.from_file(tmp_path / "wide.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Score
+
+
+def faces_of(seed=0, b=3, generated=5, true=7, d=16):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(b, generated, d, generator=g).double(), torch.randn(b, true, d, generator=g).double()
+    return x, torch.rand(b, generated, generator=g) > 0.4, y, torch.rand(b, true, generator=g) > 0.4
+
+
+def loops(x, mask, y, pool_mask, fsm):
+    """FSM written as the paper says it."""
+    rewards = []
+    for b in range(len(x)):
+        scores = []
+        true = [j for j in range(y.shape[1]) if pool_mask[b, j]]
+        for i in range(x.shape[1]):
+            among = {"pool": true, "first": true[:1], "aligned": [j for j in true if j == i]}[fsm]
+            if mask[b, i] and among:
+                scores.append(sum(float(F.cosine_similarity(x[b, i], y[b, j], dim=0)) for j in among) / len(among))
+        rewards.append(sum(scores) / len(scores) if scores else 0.0)
+    return torch.tensor(rewards).double()
 
 
 @pytest.mark.parametrize("fsm", ["pool", "first", "aligned"])
-def test_face_score_equals_a_loop_over_faces_that_are_there(fsm):
-    torch.manual_seed(0)
-    x, y = torch.randn(4, 5, 8).double(), torch.randn(4, 5, 8).double()
-    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]).bool()
-    pool_mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]]).bool()
-    score = face_score(x, mask, y, pool_mask, fsm)
-    for b in range(4):
-        values = []
-        for i in range(5):
-            others = [j for j in range(5) if pool_mask[b, j]]
-            others = {"pool": others, "first": others[:1], "aligned": [j for j in others if j == i]}[fsm]
-            if mask[b, i] and others:
-                cos = [float(x[b, i] @ y[b, j] / x[b, i].norm() / y[b, j].norm()) for j in others]
-                values.append(sum(cos) / len(cos))
-        assert float(score[b]) == pytest.approx(sum(values) / len(values) if values else 0, abs=1e-12)
+@pytest.mark.parametrize("seed", range(4))
+def test_face_score_equals_plain_loops_with_missing_faces(fsm, seed):
+    x, mask, y, pool_mask = faces_of(seed)
+    if fsm == "aligned":
+        y, pool_mask = y[:, : x.shape[1]], pool_mask[:, : x.shape[1]]
+    if seed == 3:
+        mask[0], pool_mask[1] = False, False
+    ours = face_score(x, mask, y, pool_mask, fsm)
+    assert torch.allclose(ours, loops(x, mask, y, pool_mask, fsm), atol=1e-12)
+    assert ours.abs().max() <= 1
 
 
-def test_a_clip_without_faces_scores_zero_with_zero_gradient():
-    x = torch.zeros(1, 3, 8, requires_grad=True)
-    score = face_score(x, torch.zeros(1, 3).bool(), torch.randn(1, 3, 8), torch.ones(1, 3).bool())
-    score.sum().backward()
-    assert float(score) == 0 and not x.grad.any()
+def test_faceless_frames_neither_score_nor_pass_a_gradient_whatever_stands_there():
+    x, mask, y, pool_mask = faces_of()
+    mask[1], pool_mask[2] = False, False
+    clean = face_score(x, mask, y, pool_mask)
+    x[~mask], y[~pool_mask] = torch.nan, torch.nan
+    x.requires_grad_()
+    ours = face_score(x, mask, y, pool_mask)
+    ours.sum().backward()
+    assert torch.equal(ours, clean) and ours[1] == 0 and ours[2] == 0
+    assert not x.grad[~mask].any() and not x.grad[1:].any() and x.grad[0][mask[0]].all()
 
 
-def test_the_gradient_of_the_score_equals_finite_differences():
-    torch.manual_seed(1)
-    x, y = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 6).double()
-    mask, pool_mask = torch.tensor([[1, 0, 1], [1, 1, 1]]).bool(), torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1]]).bool()
-    assert torch.autograd.gradcheck(lambda e: face_score(e, mask, y, pool_mask), (x,), rtol=1e-6)
+def test_the_gradient_of_face_score_through_align_is_the_finite_difference():
+    frames, weight = (
+        smooth(3, 80, 80),
+        torch.randn(3 * 112 * 112, 12, generator=torch.Generator().manual_seed(4)).double(),
+    )
+    landmarks = torch.cat([turned(0.4, a, (12.0, 14.0)) for a in (0, 10, -20)])
+    _, _, pool, pool_mask = faces_of(b=1, d=12)
+
+    def value(x):
+        embeddings = align(x, landmarks).flatten(1) @ weight
+        return face_score(embeddings[None], torch.tensor([[True, True, False]]), pool, pool_mask).sum()
+
+    frames.requires_grad_()
+    (grad,) = torch.autograd.grad(value(frames), frames)
+    direction = torch.randn(frames.shape, generator=torch.Generator().manual_seed(5)).double()
+    with torch.no_grad():
+        slope = (value(frames + 1e-5 * direction) - value(frames - 1e-5 * direction)) / 2e-5
+    assert float((grad * direction).sum()) == pytest.approx(float(slope), rel=1e-5)
+    assert not grad[2].any() and grad[:2].any()
 
 
-def test_velocity_kl_weights_and_leaves_the_pinned_frame_out():
-    torch.manual_seed(0)
-    v, v_ref = torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2)
-    mean = (v - v_ref)[:, :, 1:].square().mean()
-    assert torch.allclose(velocity_kl(v, v_ref, 0.4), mean / (2 * 0.4**2))
-    assert torch.allclose(velocity_kl(v, v_ref, 0.4, "dt", dt=0.1), mean * 0.1**2 / (2 * 0.4**2))
-    assert torch.allclose(velocity_kl(v, v_ref, 0.4, "uniform"), mean)
-    moved = v.clone()
-    moved[:, :, 0] += 5
-    assert torch.equal(velocity_kl(moved, v_ref, 0.4), velocity_kl(v, v_ref, 0.4))
+# ------------------------------------------------------------------------------------------------------------
+# Velocity KL
+
+
+@pytest.mark.parametrize(
+    "weighting, omega", [("sigma", 0.5 / 0.4**2), ("dt", 0.5 * (0.1 / 0.4) ** 2), ("uniform", 1.0)]
+)
+def test_velocity_kl_is_zero_with_zero_gradient_at_the_reference_and_grows_by_its_weight(weighting, omega):
+    v = torch.randn(2, 4, 3, 5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    kl = velocity_kl(v, v.detach().clone(), 0.4, weighting, dt=0.1)
+    kl.backward()
+    assert kl == 0 and not v.grad.any()
+    moved = v.detach().clone()
+    moved[:, :, 1:] += 0.3
+    moved[:, :, 0] += 50.0  # pinned: not looked at
+    assert float(velocity_kl(moved, v.detach(), 0.4, weighting, dt=0.1)) == pytest.approx(omega * 0.09, rel=1e-5)
+    assert velocity_kl(moved, v.detach(), 0.4, weighting, dt=0.1, free=slice(None)) > omega * 100
+
+
+def test_velocity_kl_of_bf16_velocities_is_taken_in_fp32():
+    g = torch.Generator().manual_seed(0)
+    v, v_ref = (torch.randn(1, 4, 3, 8, 8, generator=g).bfloat16() for _ in range(2))
+    ours = velocity_kl(v, v_ref, 0.5, "uniform")
+    exact = (v.double() - v_ref.double())[:, :, 1:].square().mean()
+    assert ours.dtype == torch.float32 and float(ours) == pytest.approx(float(exact), rel=1e-5)  # bf16 alone: 4e-3
+
+
+def test_velocity_kl_needs_what_its_weighting_needs():
+    v = torch.zeros(1, 1, 2, 2, 2)
+    with pytest.raises(ValueError, match="needs dt"):
+        velocity_kl(v, v, 0.5, "dt")
     with pytest.raises(ValueError, match="sigma, dt or uniform"):
-        velocity_kl(v, v_ref, 0.4, "none")
+        velocity_kl(v, v, 0.5, "snr")
 
 
-# ------------------------------------------------------------------------------------------------ alignment
+# ------------------------------------------------------------------------------------------------------------
+# All together
 
 
-def test_the_similarity_equals_scikit_images_and_exact_landmarks_land_on_the_template():
-    transform = pytest.importorskip("skimage.transform")
-    a, b, tx, ty = similarity(LANDMARKS)
-    for k, points in enumerate(LANDMARKS.numpy()):
-        theirs = transform.SimilarityTransform.from_estimate(points, TEMPLATE.numpy()).params
-        ours = np.array([[a[k], -b[k], tx[k]], [b[k], a[k], ty[k]], [0, 0, 1]])
-        assert np.abs(ours - theirs).max() < 1e-5  # theirs is estimated in fp32
-    turned = (TEMPLATE.double() @ torch.tensor([[0.4, 0.3], [-0.3, 0.4]]).double() + torch.tensor([7.0, 20.0]))[None]
-    a, b, tx, ty = similarity(turned)
-    x, y = turned[0].unbind(-1)
-    landed = torch.stack([a * x - b * y + tx, b * x + a * y + ty], -1)
-    assert (landed - TEMPLATE).abs().max() < 1e-9
+def scripted(shown):
+    """A detector that finds a face where `shown` [frames] says so."""
+    five = turned(0.35, 5, (10.0, 12.0)).float()
+
+    def detect(frames):
+        assert len(frames) == len(shown)
+        box, none = torch.tensor([[10.0, 12.0, 50.0, 55.0]]), slice(0, 0)
+        full = Faces(box, torch.ones(1), five)
+        return [full if s else Faces(full.boxes[none], full.scores[none], full.landmarks[none]) for s in shown]
+
+    return detect
 
 
-def test_crops_equal_a_reference_warp_where_faces_are_enlarged():
-    transform = pytest.importorskip("skimage.transform")
-    torch.manual_seed(0)
-    frames = torch.nn.functional.interpolate(torch.rand(2, 3, 32, 40) * 2 - 1, (128, 160), mode="bicubic").clamp(-1, 1)
-    crops = align(frames, LANDMARKS)
-    for frame, points, crop in zip(frames, LANDMARKS.numpy(), crops, strict=True):
-        matrix = transform.SimilarityTransform.from_estimate(points, TEMPLATE.numpy())
-        picture = (frame.permute(1, 2, 0).numpy() + 1) / 2
-        warped = transform.warp(picture, matrix.inverse, output_shape=(112, 112), order=1, cval=0)
-        inside = transform.warp(np.ones_like(picture), matrix.inverse, output_shape=(112, 112), order=0) > 0
-        assert np.abs((crop.permute(1, 2, 0).numpy() + 1) / 2 - warped)[inside].mean() < 1 / 255
-    assert crops.min() >= -1  # outside the frame is black
+def test_a_clip_without_a_face_scores_zero_is_flagged_and_passes_no_gradient():
+    shown = [True, False, True, False, False, False]  # two clips of three frames
+    reward = FaceReward(scripted(shown), random_arcface())
+    video = smooth(6, 64, 64).float().unflatten(0, (2, 3)).transpose(1, 2).contiguous().requires_grad_()
+    pool, pool_mask = torch.randn(2, 4, 512), torch.ones(2, 4, dtype=torch.bool)
+    score, info = reward.score(video, pool, pool_mask)
+    score.sum().backward()
+    assert info["missing"].tolist() == [False, True] and score[1] == 0 and score[0] != 0
+    assert info["face_rate"].tolist() == pytest.approx([2 / 3, 0])
+    assert video.grad[0, :, 0].any() and video.grad[0, :, 2].any() and not video.grad[0, :, 1].any()
+    assert not video.grad[1].any()
+    seen = info["similarity"][0][info["mask"][0]]
+    assert float(seen.mean()) == pytest.approx(float(score[0]), abs=1e-6) and info["similarity"][0, 1] == 0
+    nobody, info = FaceReward(scripted([False] * 6), random_arcface()).score(video, pool, pool_mask)
+    (grad,) = torch.autograd.grad(nobody.sum(), video)
+    assert info["missing"].all() and not nobody.any() and not grad.any()
 
 
-def test_a_face_larger_than_the_crop_is_averaged_not_skipped():
-    stripes = torch.zeros(1, 3, 512, 512)
-    stripes[..., ::2] = 1  # finer than the crop can hold: the mean is what is right
-    crop = align(stripes, TEMPLATE[None] * 4 + 20)
-    assert (crop[..., 8:-8, 8:-8] - 0.5).abs().max() < 0.05
+def test_a_true_clip_scores_one_against_its_own_only_frame():
+    reward = FaceReward(scripted([True]), random_arcface())
+    video = smooth(1, 64, 64).float()[None].transpose(1, 2)
+    seen = reward.look(video)
+    score, _ = reward.score(video, seen["embeddings"], seen["mask"])
+    assert float(score) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_gradient_reaches_the_face_only_and_equals_finite_differences():
-    frame = torch.rand(1, 1, 40, 40, dtype=torch.float64, requires_grad=True)
-    points = TEMPLATE[None].double() * 0.12 + 9
-    probe = torch.randn(1, 1, 112, 112, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda f: (align(f, points) * probe).sum(), (frame,), rtol=1e-6)
-    (align(frame, points) * probe).sum().backward()
-    assert frame.grad[0, 0, 10:21, 10:21].abs().min() > 0
-    outside = frame.grad.clone()
-    outside[..., 8:24, 8:24] = 0  # the crop's corners are at 9 and 22.4
-    assert not outside.any()
-
-
-def test_one_frame_may_hold_several_faces():
-    frames = torch.rand(3, 3, 128, 160)
-    crops = align(frames, LANDMARKS, torch.tensor([2, 2]))
-    assert torch.allclose(crops[1:], align(frames[2:], LANDMARKS[1:]), atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3.0])
-def test_landmarks_that_give_no_similarity_are_refused(bad):
-    with pytest.raises(ValueError, match="landmarks"):
-        align(torch.zeros(1, 3, 8, 8), torch.full((1, 5, 2), bad))
-
-
-# ------------------------------------------------------------------------------------------------ networks
-
-
-def test_arcface_equals_its_onnx_export_and_is_read_back_from_a_state_dict(tmp_path):
-    import onnxruntime
-
-    torch.manual_seed(0)
-    model = ArcFace((1, 2, 1, 1), (8, 8, 12, 16)).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-            torch.nn.init.normal_(module.running_mean)
-    crops = torch.rand(3, 3, 112, 112) * 2 - 1
-    write_safetensors({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "a.safetensors")
-    torch.save(model.state_dict(), tmp_path / "a.pth")
-    expected = model(crops)
-    for name in ("a.safetensors", "a.pth"):
-        read = ArcFace.from_file(tmp_path / name)
-        assert torch.equal(read(crops), expected) and not any(p.requires_grad for p in read.parameters())
-    graph = io.BytesIO()
-    torch.onnx.export(model, (crops,), graph, dynamo=False)
-    session = onnxruntime.InferenceSession(graph.getvalue(), providers=["CPUExecutionProvider"])
-    theirs = session.run(None, {session.get_inputs()[0].name: crops.numpy()})[0]
-    assert np.abs(theirs - expected.detach().numpy()).max() < 1e-4  # fp32
-
-
-def test_a_file_that_is_no_arcface_is_named(tmp_path):
-    write_safetensors({"fc.weight": torch.zeros(2, 2)}, tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match="odd.safetensors: not an ArcFace"):
-        ArcFace.from_file(tmp_path / "odd.safetensors")
-    with pytest.raises(UserError, match="no such file"):
-        ArcFace.from_file(tmp_path / "none.pth")
-
-
-def test_nms_equals_the_plain_loop():
-    rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 60, (80, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(5, 40, (80, 2))], 1)
-    scores = rng.random(80)
-    kept = []
-    for i in np.argsort(-scores):
-        for j in kept:
-            w = min(boxes[i, 2], boxes[j, 2]) - max(boxes[i, 0], boxes[j, 0])
-            h = min(boxes[i, 3], boxes[j, 3]) - max(boxes[i, 1], boxes[j, 1])
-            inter = max(w, 0) * max(h, 0)
-            area = sum((boxes[k, 2] - boxes[k, 0]) * (boxes[k, 3] - boxes[k, 1]) for k in (i, j))
-            if inter / (area - inter) > 0.4:
-                break
-        else:
-            kept.append(i)
-    assert nms(boxes, scores, 0.4).tolist() == kept
-
-
-def test_the_nine_outputs_are_decoded_as_a_plain_loop_over_anchors_does():
-    detector = FaceDetector(ASSETS / "detector.onnx")
-    detector.size, detector.overlap = [64, 96], 1.0  # no suppression: every anchor above the threshold is compared
-    rng = np.random.default_rng(0)
-    outputs, expected = [], []
-    for stride in (8, 16, 32):
-        n = (64 // stride) * (96 // stride) * 2
-        score, box, points = rng.random((n, 1)) ** 8, rng.random((n, 4)), rng.standard_normal((n, 10))
-        outputs += [score, box, points]
-        for row in range(64 // stride):
-            for column in range(96 // stride):
-                for anchor in range(2):
-                    k = (row * (96 // stride) + column) * 2 + anchor
-                    if score[k, 0] >= 0.5:
-                        x, y = column * stride, row * stride
-                        a, b, c, d = box[k] * stride
-                        five = [(x + points[k, 2 * p] * stride, y + points[k, 2 * p + 1] * stride) for p in range(5)]
-                        expected.append(
-                            (score[k, 0], np.array([x - a, y - b, x + c, y + d]) / 0.5, np.array(five) / 0.5)
-                        )
-    outputs = [outputs[i].astype(np.float32) for i in (4, 0, 8, 1, 2, 3, 5, 6, 7)]  # in no particular order
-    (faces,) = detector.decode(outputs, 1, 0.5)
-    expected.sort(key=lambda e: -e[0])
-    assert len(faces) == len(expected) > 5
-    for k, (score, box, points) in enumerate(expected):
-        assert faces.scores[k] == pytest.approx(score, abs=1e-6)
-        assert np.abs(faces.boxes[k].numpy() - box).max() < 1e-3
-        assert np.abs(faces.landmarks[k].numpy() - points).max() < 1e-3
-
-
-def test_a_graph_that_is_no_scrfd_is_named_with_what_it_has(tmp_path):
-    torch.onnx.export(torch.nn.Linear(3, 2), (torch.zeros(1, 3),), str(tmp_path / "odd.onnx"), dynamo=False)
-    with pytest.raises(UserError, match=r"odd.onnx: not an SCRFD.*\[1, 2\]"):
-        FaceDetector(tmp_path / "odd.onnx")
-    (tmp_path / "torn.onnx").write_bytes(b"torn")
-    with pytest.raises(UserError, match="torn.onnx: not a readable ONNX"):
-        FaceDetector(tmp_path / "torn.onnx")
-    with pytest.raises(UserError, match="no such file"):
-        FaceDetector(tmp_path / "none.onnx")
-
-
-# ------------------------------------------------------------------------------------------------ all together
+# ------------------------------------------------------------------------- the networks that ship
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +518,10 @@ def reward():
 
 
 def test_a_true_clip_scores_high_against_itself_and_low_against_another(reward):
-    from data import Clips
-
     clips = Clips(ASSETS / "data", "heldout")
     rows = clips.spread(6)
     batch = clips.batch(rows)
     same, other = [], []
-    from sample import to_tensor
-
     for k, row in enumerate(rows):
         video = to_tensor(clips.video(row))
         score, info = reward.score(video, batch["pool"][k : k + 1], batch["pool_mask"][k : k + 1])
@@ -258,9 +533,6 @@ def test_a_true_clip_scores_high_against_itself_and_low_against_another(reward):
 
 
 def test_the_reward_has_a_gradient_at_the_pixels_of_the_face(reward):
-    from data import Clips
-    from sample import to_tensor
-
     clips = Clips(ASSETS / "data", "heldout")
     video = to_tensor(clips.video(0)[:2]).requires_grad_()
     batch = clips.batch([1])
