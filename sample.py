@@ -176,13 +176,23 @@ def option(default, text):
 
 def pixels(text):
     """'HxW' to (height, width)."""
-    height, width = text.lower().split("x")
-    return int(height), int(width)
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in pixels, as in 480x832") from None
+    return height, width
 
 
 def parse_options(cls, argv=None, doc=None, positional=()):
     """Fill the dataclass `cls` from the command line; every field is an option with its name, type and default."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def refuse(message):
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = refuse
     for f in dataclasses.fields(cls):
         kind = f.type if not typing.get_args(f.type) else typing.get_args(f.type)[0]
         text = f.metadata["help"] + ("" if f.default in (None, "") else f" (default: {f.default})")

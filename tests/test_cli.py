@@ -35,6 +35,9 @@ MISTAKES = [
     ("sample.py", ["--image", "grey.png", "--model", "wan5b"], "hf download Wan-AI/Wan2.2-TI2V-5B"),
     ("sample.py", ["--image", "grey.png", "--out", "nowhere/a.mp4"], "folder that exists"),
     ("sample.py", ["--image", "grey.png", "--lora", "none.safetensors"], "none.safetensors: no such file"),
+    ("sample.py", ["--image", "grey.png", "--size", "128"], "not HxW"),
+    ("sample.py", ["--colour", "red"], "--colour"),
+    ("train.py", ["--steps", "many"], "--steps"),
     ("train.py", ["--model", "wan9"], "unknown preset"),
     ("train.py", ["--model", "wan14b"], "hf download Wan-AI/Wan2.2-I2V-A14B"),
     ("train.py", ["--window", "9"], "more than the 8 sampling steps"),
@@ -45,6 +48,7 @@ MISTAKES = [
     ("data.py", ["empty", "--out", "made"], "no video in it"),
     ("data.py", ["empty", "--out", "full"], "not empty"),
     ("eval.py", ["--lora", "none.safetensors"], "python train.py"),
+    ("assets/build.py", ["everything"], "stages are: clips, text"),
 ]
 
 
