@@ -17,7 +17,9 @@ import contextlib
 import html
 import json
 import math
+import pickle
 import re
+import typing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 ASSETS = Path(__file__).parent / "assets"
@@ -62,7 +64,7 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    patch_size: int = 2
+    patch_size: int = 2  # of pixels; 1: Wan 2.1's VAE, which has neither patches nor averaging shortcuts
     mean: tuple[float, ...] = field(default=(), repr=False)  # per latent channel; empty: 0
     std: tuple[float, ...] = field(default=(), repr=False)  # per latent channel; empty: 1
 
@@ -139,6 +141,11 @@ CONFIGS = {
         fps=16, frames=81, size=(480, 832), shift=5.0, steps=40, cfg=3.5, boundary=0.9,
     ),
 }  # fmt: skip
+
+
+def full_precision(x):
+    """fp32 from half types; fp32 and fp64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -302,7 +309,8 @@ class RMS_norm(nn.Module):
         self.scale, self.gamma = dim**0.5, nn.Parameter(torch.ones(dim, 1, 1, *([] if images else [1])))
 
     def forward(self, x):
-        return F.normalize(x, dim=1) * self.scale * self.gamma
+        scale = full_precision(x).square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()  # 3x F.normalize's speed
+        return x * scale.type_as(x) * (self.scale * self.gamma).type_as(x)
 
 
 class ResidualBlock(nn.Module):
@@ -413,12 +421,13 @@ class Down_ResidualBlock(nn.Module):
 
 
 class Up_ResidualBlock(nn.Module):
-    def __init__(self, in_dim, out_dim, num_res_blocks, up, up_time):
+    def __init__(self, in_dim, out_dim, num_res_blocks, up, up_time, halve=False):
         super().__init__()
         self.factors = (out_dim, 1 + up_time, 2) if up else None
         blocks = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1)]
         if up:
-            blocks.append(Resample(out_dim, out_dim, "upsample3d" if up_time else "upsample2d"))
+            mode = "upsample3d" if up_time else "upsample2d"
+            blocks.append(Resample(out_dim, out_dim // 2 if halve else out_dim, mode))
         self.upsamples = nn.Sequential(*blocks)
 
     def forward(self, x, carry):
@@ -436,10 +445,13 @@ class Encoder3d(nn.Module):
         dims = [cfg.dim * m for m in (1, *cfg.dim_mult)]
         down = len(cfg.temporal_downsample)
         self.conv1 = CausalConv3d(3 * cfg.patch_size**2, dims[0], 3)
-        self.downsamples = nn.Sequential(*(
+        stages = [
             Down_ResidualBlock(a, b, cfg.num_res_blocks, i < down, i < down and cfg.temporal_downsample[i])
             for i, (a, b) in enumerate(pairwise(dims))
-        ))  # fmt: skip
+        ]
+        if cfg.patch_size == 1:  # Wan 2.1: the same blocks in one row
+            stages = [block for stage in stages for block in stage.downsamples]
+        self.downsamples = nn.Sequential(*stages)
         self.middle = nn.Sequential(
             ResidualBlock(dims[-1], dims[-1]), AttentionBlock(dims[-1]), ResidualBlock(dims[-1], dims[-1])
         )
@@ -464,10 +476,14 @@ class Decoder3d(nn.Module):
         self.middle = nn.Sequential(
             ResidualBlock(dims[0], dims[0]), AttentionBlock(dims[0]), ResidualBlock(dims[0], dims[0])
         )
-        self.upsamples = nn.Sequential(*(
-            Up_ResidualBlock(a, b, cfg.num_res_blocks, i < len(up_time), i < len(up_time) and up_time[i])
+        wan21, up = cfg.patch_size == 1, len(up_time)
+        stages = [
+            Up_ResidualBlock(a // 2 if wan21 and i else a, b, cfg.num_res_blocks, i < up, i < up and up_time[i], wan21)
             for i, (a, b) in enumerate(pairwise(dims))
-        ))  # fmt: skip
+        ]
+        if wan21:
+            stages = [block for stage in stages for block in stage.upsamples]
+        self.upsamples = nn.Sequential(*stages)
         self.head = nn.Sequential(
             RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 3 * cfg.patch_size**2, 3)
         )
@@ -481,7 +497,7 @@ class Decoder3d(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """Wan 2.2's causal video autoencoder. Source: wan/modules/vae2_2.py.
+    """Wan's causal video autoencoder, 2.2's or (patch_size 1) 2.1's. Source: wan/modules/vae2_2.py, vae2_1.py.
 
     `encode`: video [B, 3, F, H, W] in [-1, 1], F = 4n+1, to the latent's mean [B, z, 1+n, H/s, W/s], normalised
     by the config's `mean` and `std`. `decode` inverts it; values are not clamped, so that gradients pass.
@@ -503,19 +519,26 @@ class WanVAE(nn.Module):
             value = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
-    def moments(self, video):
-        """Mean and log-variance of the unnormalised latent, both [B, z, F', h, w]: for a VAE's own training."""
+    def moments(self, video, frames=None):
+        """Mean and log-variance of the unnormalised latent, both [B, z, F', h, w].
+
+        `frames`: how many are in work at a time after the first, a multiple of the stride (None: all of them).
+        """
         ft, fh, fw = self.cfg.stride
         B, C, T, H, W = video.shape
         if C != 3 or (T - 1) % ft or H % fh or W % fw:
             raise ValueError(f"video must be [B, 3, {ft}n+1, {fh}a, {fw}b], got {tuple(video.shape)}")
         p = self.cfg.patch_size
         x = video.view(B, 3, T, H // p, p, W // p, p).permute(0, 1, 6, 4, 2, 3, 5)
-        x, _ = self.encoder(x.reshape(B, 3 * p * p, T, H // p, W // p))
-        return self.conv1(x).chunk(2, 1)
+        x = x.reshape(B, 3 * p * p, T, H // p, W // p).type_as(self.conv1.weight)
+        caches, latents = None, []
+        for chunk in [x] if frames is None or T == 1 else [x[:, :, :1], *x[:, :, 1:].split(frames, 2)]:
+            latent, caches = self.encoder(chunk, caches)
+            latents.append(latent)
+        return self.conv1(torch.cat(latents, 2)).chunk(2, 1)
 
     def encode(self, video):
-        return (self.moments(video)[0] - self.mean) / self.std
+        return (full_precision(self.moments(video, self.cfg.stride[0])[0]) - self.mean) / self.std
 
     def decode_chunk(self, latent, caches=None):
         """Decode latent frames [B, z, n, h, w] that follow those in `caches`; returns pixels and the new caches."""
@@ -532,9 +555,12 @@ class WanVAE(nn.Module):
 # DiT
 
 
-def full_precision(x):
-    """fp32 from half types; fp32 and fp64 as they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+class Linear32(nn.Linear):
+    """A linear layer that computes in fp32 whatever the model's precision is, inside autocast too."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(full_precision(x), full_precision(self.weight), full_precision(self.bias))
 
 
 class WanRMSNorm(nn.Module):
@@ -627,7 +653,7 @@ class Head(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.norm = WanLayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
-        self.head = nn.Linear(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
+        self.head = Linear32(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
 
     def forward(self, x, e):
@@ -651,8 +677,8 @@ class WanDiT(nn.Module):
         dim = cfg.dim
         self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, cfg.patch_size, stride=cfg.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.time_embedding = nn.Sequential(Linear32(cfg.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanAttentionBlock(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
         for layer in self.modules():
@@ -675,7 +701,7 @@ class WanDiT(nn.Module):
         half = self.cfg.freq_dim // 2
         rate = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=t.device) / half)
         angle = t.double()[..., None] * rate
-        weight = self.time_embedding[0].weight
+        weight = full_precision(self.time_embedding[0].weight)
         e = self.time_embedding(torch.cat([angle.cos(), angle.sin()], -1).type_as(weight))
         return e, self.time_projection(e).unflatten(-1, (6, -1))
 
@@ -698,6 +724,277 @@ class WanDiT(nn.Module):
             x = block(x, modulation, rope, context)
         x = self.head(x, e).view(B, *grid, *p, cfg.out_dim)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, cfg.out_dim, *size)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: native folders, Diffusers folders and single ComfyUI files. Names, shapes and types are checked
+# against the headers before any data moves; then one tensor at a time goes to where it belongs.
+
+# (pattern, replacement), native to Diffusers or, for UMT5, transformers
+DIT_NAMES = (
+    (r"\.self_attn\.", ".attn1."), (r"\.cross_attn\.", ".attn2."), (r"(attn\d)\.(q|k|v)\.", r"\1.to_\2."),
+    (r"(attn\d)\.o\.", r"\1.to_out.0."), (r"\.norm3\.", ".norm2."), (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", ".ffn.net.2."), (r"modulation$", "scale_shift_table"), (r"^head\.head\.", "proj_out."),
+    (r"^head\.", ""), (r"^(text|time)_embedding\.0\.", r"condition_embedder.\1_embedder.linear_1."),
+    (r"^(text|time)_embedding\.2\.", r"condition_embedder.\1_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+)  # fmt: skip
+UMT5_NAMES = (
+    (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm([12])\.", lambda m: f"encoder.block.{m[1]}.layer.{int(m[2]) - 1}.layer_norm."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"blocks.\1.attn.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (r"^blocks\.(\d+)\.ffn\.", r"encoder.block.\1.layer.1.DenseReluDense."),
+    (r"\.gate\.0\.", ".wi_0."), (r"\.fc1\.", ".wi_1."), (r"\.fc2\.", ".wo."),
+)  # fmt: skip
+VAE_NAMES = (
+    (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."), (r"coder\.conv1\.", "coder.conv_in."),
+    (r"coder\.head\.0\.", "coder.norm_out."), (r"coder\.head\.2\.", "coder.conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."), (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."),
+    (r"residual\.3\.", "norm2."), (r"residual\.6\.", "conv2."), (r"\.shortcut\.", ".conv_shortcut."),
+)  # fmt: skip
+PREFIX = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer|transformer_2|unet)\.)+")
+PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
+PRECISIONS |= {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+PRECISIONS |= {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
+SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's fp8_scaled: weight = fp8 value times this, beside `.weight`
+BESIDE = re.compile(  # what such files hold beside the weights; nothing of it is needed here
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
+    r"|^spiece_model$|^(encoder\.embed_tokens|shared)\.weight$"
+)
+
+
+def vae_names(cfg):
+    """VAE_NAMES, and the stages: nested in Wan 2.2, one row of blocks in 2.1."""
+    n = cfg.num_res_blocks
+
+    def flat(match):
+        stage, block = divmod(int(match[1]), n + 2)
+        return f".up_blocks.{stage}." + (f"resnets.{block}." if block <= n else "upsamplers.0.")
+
+    if cfg.patch_size == 1:
+        return (*VAE_NAMES, (r"\.downsamples\.(\d+)\.", r".down_blocks.\1."), (r"\.upsamples\.(\d+)\.", flat))
+    return (
+        *VAE_NAMES, (rf"\.downsamples\.(\d+)\.downsamples\.{n}\.", r".down_blocks.\1.downsampler."),
+        (r"\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
+        (rf"\.upsamples\.(\d+)\.upsamples\.{n + 1}\.", r".up_blocks.\1.upsampler."),
+        (r"\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
+    )  # fmt: skip
+
+
+def diffusers_names(module, names):
+    """The Diffusers (of a UMT5: transformers) name of each of a network's native tensor names, as a dict."""
+    if isinstance(module, WanDiT):
+        rules = DIT_NAMES
+    else:
+        rules = UMT5_NAMES if isinstance(module, UMT5) else vae_names(module.cfg)
+    out = {}
+    for name in names:
+        new = name
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        out[name] = new
+    return out
+
+
+def write_safetensors(tensors, path, metadata=None):
+    """Write a safetensors file whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata)
+    part.replace(path)
+
+
+def open_safetensors(path):
+    """Open a safetensors file; a missing or broken one is a UserError that names it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return safe_open(path, "pt")
+    except Exception as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); download or build it again") from None
+
+
+def open_pickle(path):
+    """The tensors of a .pth file by name, memory-mapped where the file allows it; no code in it is ever run."""
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of before torch 1.6 cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{path}: holds more than tensors, which could run code, so it was not read ({reason})"
+        ) from None
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path}: not a readable checkpoint ({reason}); download it again") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: not a dictionary of tensors")
+    return state
+
+
+def shard_files(path):
+    """The files of a checkpoint: one file, or what the index in a folder names. UserError where one is missing."""
+    path = Path(path)
+    if path.is_file() and not path.name.endswith(".index.json"):
+        return [path]
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    indices = [path] if path.is_file() else sorted(path.glob("*.index.json"))
+    if len(indices) > 1:
+        raise UserError(f"{path}: {len(indices)} indices in one folder; keep one: {', '.join(i.name for i in indices)}")
+    if indices:
+        try:
+            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{indices[0]}: not an index of shards ({error!r}); download it again") from None
+        files = [indices[0].parent / name for name in names]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise UserError(f"{indices[0]}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+        return files
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+    if len(files) == 1 and not re.search(r"-0*\d+-of-0*\d+$", files[0].stem):
+        return files
+    if files and all(re.search(r"-\d+-of-\d+$", f.stem) for f in files):
+        raise UserError(f"{path}: {len(files)} shard(s) but no *.index.json beside them; download it too")
+    names = ", ".join(f.name for f in files[:4])
+    raise UserError(f"{path}: " + (f"several checkpoints ({names}); keep one" if files else "no *.safetensors in it"))
+
+
+class Checkpoint:
+    """A checkpoint's tensors by name: `shapes` and `precisions` from the headers; `read` moves the data."""
+
+    def __init__(self, path):
+        self.path, self.files = Path(path), shard_files(path)
+        self.shapes, self.precisions, self.metadata, self.names = {}, {}, {}, {}
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                handle = open_safetensors(file)
+                parts = {k: handle.get_slice(k) for k in handle.keys()}
+                about = {k: (tuple(p.get_shape()), p.get_dtype()) for k, p in parts.items()}
+                self.metadata |= handle.metadata() or {}
+            else:
+                about = {k: (tuple(v.shape), v.dtype) for k, v in open_pickle(file).items()}
+            self.names[file] = list(about)
+            self.shapes |= {k: shape for k, (shape, _) in about.items()}
+            self.precisions |= {k: PRECISIONS.get(kind, str(kind)) for k, (_, kind) in about.items()}
+
+    def read(self, wanted):
+        """Yield (name, tensor) of the names in `wanted`, in the files' order, one file open at a time.
+
+        fp8 values are multiplied by their scale and come out in bf16.
+        """
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                handle = open_safetensors(file)
+                get = handle.get_tensor
+            else:
+                get = open_pickle(file).__getitem__
+            for name in self.names[file]:
+                if name in wanted:
+                    tensor = get(name)
+                    if self.precisions[name] == "fp8":
+                        scales = [get(k) for s in SCALES if (k := name.removesuffix(".weight") + s) in self.shapes]
+                        scale = scales[0].float() if scales else torch.ones(())
+                        scale = scale.view(-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else scale.view(())
+                        tensor = (tensor.float() * scale).bfloat16()
+                    yield name, tensor
+
+
+def describe(shapes, path=""):
+    """What network the tensors of these names and shapes are, in words; `path` tells A14B's experts apart."""
+    bare = {PREFIX.sub("", k): v for k, v in shapes.items()}
+    if any(".lora_" in k for k in bare):
+        return "a LoRA (it goes with --lora)"
+    if "patch_embedding.weight" in bare:
+        dim, channels = bare["patch_embedding.weight"][:2]
+        layers = 1 + max((int(m[1]) for k in bare if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
+        for name, preset in CONFIGS.items():
+            if (dim, channels, layers) == (preset.dit.dim, preset.dit.in_dim, preset.dit.num_layers):
+                place = Path(path).name.lower()
+                for expert, other in (("high-noise", "transformer"), ("low-noise", "transformer_2")):
+                    if name == "wan14b" and (expert[:3] in place or place == other):
+                        return f"A14B's {expert} expert"
+                return f"{name}'s transformer" if name != "wan14b" else "one of A14B's experts"
+        return f"a Wan transformer of width {dim} with {layers} layers and {channels} input channels"
+    for key in ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"):
+        if key in bare:
+            return f"a UMT5 encoder of width {bare[key][1]}"
+    for key in ("decoder.conv1.weight", "decoder.conv_in.weight"):
+        if key in bare:
+            width, z = bare[key][:2]
+            known = {(16, 384): "Wan 2.1's VAE", (48, 1024): "Wan 2.2's VAE"}
+            return known.get((z, width), f"a Wan VAE of {z} latent channels and decoder width {width}")
+    return "no network of Wan's"
+
+
+def match(module, checkpoint, asked):
+    """({native name: name in the checkpoint}, layout); UserError where names, shapes or types do not fit."""
+    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    native, theirs = {k: k for k in want}, diffusers_names(module, want)
+    if "shared.weight" not in checkpoint.shapes:
+        theirs = {k: v.replace("shared.weight", "encoder.embed_tokens.weight") for k, v in theirs.items()}
+    readings = [("native", native), ("Diffusers", theirs)]
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        readings.append((f"ComfyUI ({prefix})", {k: prefix + k for k in want}))
+    layout, names = max(readings, key=lambda r: sum(n in checkpoint.shapes for n in r[1].values()))
+    shapes, used = checkpoint.shapes, set(names.values())
+    faults = [
+        ("missing", [n for n in names.values() if n not in shapes]),
+        ("unexpected", [n for n in shapes if n not in used and not BESIDE.search(n)]),
+        ("mis-shaped", [f"{n} {list(shapes[n])}, wanted {list(want[k])}"
+                        for k, n in names.items() if shapes.get(n, want[k]) != want[k]]),
+        ("of another type", [f"{n} {checkpoint.precisions[n]}" for n in names.values()
+                             if n in shapes and checkpoint.precisions[n] not in PRECISIONS.values()]),
+    ]  # fmt: skip
+    if any(found for _, found in faults):
+        told = [f"{len(f)} {what} ({', '.join(f[:3])}{', ...' if len(f) > 3 else ''})" for what, f in faults if f]
+        is_it, wanted = describe(shapes, checkpoint.path), describe(want)
+        this = f"this is {is_it}, {asked or wanted} was asked for" if is_it != wanted else f"not quite {wanted}"
+        raise UserError(f"{checkpoint.path}: {this}; read in the {layout} layout: {'; '.join(told)}")
+    return names, layout
+
+
+class Loaded(typing.NamedTuple):
+    """What `load_weights` did."""
+
+    layout: str
+    files: list
+    tensors: int
+    precision: str
+    metadata: dict
+
+
+def load_weights(module, path, device=None, dtype=None, asked=""):
+    """Load a checkpoint of any layout into a network; returns `Loaded`.
+
+    path: a .safetensors or .pth file, or a folder with one or with shards and their index. A network on the meta
+    device gets its weights on `device` in `dtype` (default: the file's); another keeps its own device and types.
+    A WanDiT in half precision keeps norms, modulations, time embedding and head in fp32, as the reference computes
+    them. Raises UserError, before any weight changes, with every missing, unexpected and mis-shaped key.
+    """
+    checkpoint = Checkpoint(path)
+    names, layout = match(module, checkpoint, asked)
+    native = {v: k for k, v in names.items()}
+    for name, tensor in checkpoint.read(native):
+        parent, _, leaf = native[name].rpartition(".")
+        parent = module.get_submodule(parent)
+        old = getattr(parent, leaf)
+        if old.is_meta:
+            kind = dtype or tensor.dtype
+            if isinstance(module, WanDiT) and re.search(r"norm|modulation|time_|head\.", native[name]):
+                kind = torch.promote_types(kind, torch.float32)
+            value = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)  # never the file's own pages
+            parent.register_parameter(leaf, nn.Parameter(value, old.requires_grad))
+        else:
+            old.data.copy_(tensor)
+    kinds = {checkpoint.precisions[n] for n in native}
+    return Loaded(layout, checkpoint.files, len(names), "+".join(sorted(kinds)), checkpoint.metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -778,114 +1075,251 @@ def save_lora(model, path, metadata=None):
     write_safetensors(tensors, path, metadata)
 
 
-def merge_lora(model, path):
-    """Add a LoRA file's update to a model's weights, in fp32; returns how many layers were merged.
+class Merge(typing.NamedTuple):
+    """What `merge_lora` did: layers changed, and the file's module names that the model has nothing for."""
 
-    Raises UserError if the file is not what `save_lora` writes or a layer of it is not in the model.
+    merged: int
+    unmatched: list
+
+
+LORA_KEY = re.compile(
+    r"^(?P<module>.+?)\.(?:(?P<kind>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight|(?P<other>alpha|diff|diff_b))$"
+)
+LORA_KINDS = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up"}
+
+
+def merge_lora(model, path, strength=1.0):
+    """Add a LoRA file's update to a WanDiT's weights, computed in fp32; returns `Merge`.
+
+    Reads PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up` with `alpha` (absent: the rank), and
+    `diff`/`diff_b` (whole differences of weight and bias), under native, Diffusers or kohya module names with any
+    usual prefix. Raises UserError, and changes nothing, if a shape does not fit, half of a pair is missing, or
+    nothing at all matches.
     """
-    with open_safetensors(path) as file:
-        keys = set(file.keys())
-        names = sorted({k.removeprefix("diffusion_model.").rpartition(".lora_")[0] for k in keys})
-        layers = dict(model.named_modules())
-        unknown = [n for n in names if not isinstance(layers.get(n), nn.Linear)]
-        if not names or unknown:
-            raise UserError(f"{path}: not a LoRA of this model; it has no layer {(unknown or ['(empty file)'])[0]!r}")
-        for name in names:
-            try:
-                A, B = (file.get_tensor(f"diffusion_model.{name}.lora_{x}.weight").float() for x in "AB")
-            except Exception as error:
-                raise UserError(f"{path}: {name} lacks lora_A or lora_B: {error}") from None
-            weight = layers[name].weight
-            if (B.shape[0], A.shape[1]) != weight.shape:
-                raise UserError(f"{path}: {name} is {B.shape[0]}x{A.shape[1]}, the model's is {tuple(weight.shape)}")
-            weight.data += (B @ A).to(weight)
-    return len(names)
+    checkpoint = Checkpoint(path)
+    modules = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    spelled = {n.removesuffix(".weight"): k.removesuffix(".weight")
+               for k, n in diffusers_names(model, [m + ".weight" for m in modules]).items()}  # fmt: skip
+    spelled |= {n: n for n in modules} | {"lora_unet_" + n.replace(".", "_"): n for n in modules}
+    groups, unmatched = {}, set()
+    for key in checkpoint.shapes:
+        found = LORA_KEY.match(PREFIX.sub("", key))
+        name = spelled.get(found["module"]) if found else None
+        if name is None:
+            unmatched.add(found["module"] if found else key)
+        else:
+            groups.setdefault(name, {})[LORA_KINDS.get(found["kind"], found["other"])] = key
+    if not groups:
+        has, wants = next(iter(checkpoint.shapes), "no tensor"), next(iter(modules))
+        raise UserError(f"{path}: nothing to merge, no name fits this model; the file has {has}, the model {wants}")
+    for name, keys in groups.items():
+        if ("down" in keys) != ("up" in keys) or not keys.keys() - {"alpha"}:
+            raise UserError(f"{path}: {name} has only {', '.join(keys)}, half of its update; download the file again")
+        sizes = {kind: checkpoint.shapes[key] for kind, key in keys.items()}
+        out, *inner = modules[name].weight.shape
+        fits = sizes.get("diff", (out, *inner)) == (out, *inner) and sizes.get("diff_b", (out,)) == (out,)
+        if "down" in sizes:
+            fits = fits and sizes["up"][:2] == (out, sizes["down"][0]) and sizes["down"][1] == inner[0]
+        if not fits or ("diff_b" in keys and getattr(modules[name], "bias", None) is None):
+            raise UserError(
+                f"{path}: {name} is {sizes}, the model's weight is {(out, *inner)}: a LoRA of another model"
+            )
+    tensors = dict(checkpoint.read({key for keys in groups.values() for key in keys.values()}))
+    with torch.no_grad():
+        for name, keys in groups.items():
+            weight, get = modules[name].weight, {kind: tensors[key].float() for kind, key in keys.items()}
+            update = get["diff"].clone() if "diff" in get else torch.zeros(weight.shape)
+            if "down" in get:
+                scale = float(get["alpha"]) / len(get["down"]) if "alpha" in get else 1.0
+                update += scale * (get["up"].flatten(1) @ get["down"].flatten(1)).view(weight.shape)
+            weight.copy_(weight.float() + strength * update.to(weight.device))
+            if "diff_b" in get:
+                bias = modules[name].bias
+                bias.copy_(bias.float() + strength * get["diff_b"].to(bias.device))
+    return Merge(len(groups), sorted(unmatched))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# A preset's networks, found in a folder and loaded
 
 
-def write_safetensors(tensors, path, metadata=None):
-    """Write a safetensors file whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata)
-    part.replace(path)
+class Experts(nn.Module):
+    """I2V-A14B's two transformers as one: timesteps from 1000·boundary up go to `high`, the others to `low`.
 
-
-def open_safetensors(path):
-    """Open a safetensors file; a missing or broken one is a UserError that names it."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        return safe_open(path, "pt")
-    except Exception as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); download or build it again") from None
-
-
-def load_weights(module, path):
-    """Load a safetensors file into a module, after checking every name and shape; returns the file's metadata.
-
-    Values take the module's dtype. Raises UserError with the missing, unexpected and mis-shaped keys.
+    `load(name)` gives an expert when it is first needed; unless `keep`, the other one is let go first.
     """
-    with open_safetensors(path) as file:
-        have = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
-        metadata = file.metadata() or {}
-    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    faults = [f"missing {k}" for k in want.keys() - have.keys()]
-    faults += [f"unexpected {k}" for k in have.keys() - want.keys()]
-    faults += [f"{k} is {have[k]}, wanted {want[k]}" for k in want.keys() & have.keys() if have[k] != want[k]]
-    if faults:
-        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise UserError(f"{path}: not a {type(module).__name__} of this preset: {', '.join(sorted(faults)[:4])}{more}")
-    module.load_state_dict(load_file(path))
-    return metadata
+
+    def __init__(self, cfg, boundary, load, keep=True):
+        super().__init__()
+        self.cfg, self.boundary, self.load, self.keep = cfg, boundary, load, keep
+
+    def expert(self, name):
+        if name not in self._modules:
+            if not self.keep:
+                self._modules.clear()
+            self.add_module(name, self.load(name))
+        return self._modules[name]
+
+    def forward(self, x, t, context, y=None):
+        return self.expert("high" if float(t.max()) >= 1000 * self.boundary else "low")(x, t, context, y)
 
 
-@dataclass
+# part: where it may lie in a folder: this repository's names, native, Diffusers, ComfyUI
+PLACES = {
+    "dit": ("dit.safetensors", "transformer", "."),
+    "high": ("high_noise_model", "transformer"),
+    "low": ("low_noise_model", "transformer_2"),
+    "vae": ("vae.safetensors", "Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors",
+            "vae"),
+    "text": ("text.safetensors", "models_t5_umt5-xxl-enc-bf16.safetensors", "models_t5_umt5-xxl-enc-bf16.pth",
+             "text_encoder"),
+    "tokenizer": ("tokenizer.json", "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"),
+}  # fmt: skip
+DOWNLOAD = {
+    "tiny": "the tiny model's weights ship with the repository, or come from: python assets/build.py",
+    "wan5b": "diffusion_pytorch_model*.safetensors with their index, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth "
+    "and google/umt5-xxl/tokenizer.json; get them with: hf download Wan-AI/Wan2.2-TI2V-5B --local-dir DIR",
+    "wan14b": "high_noise_model/, low_noise_model/, Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth "
+    "and google/umt5-xxl/tokenizer.json; get them with: hf download Wan-AI/Wan2.2-I2V-A14B --local-dir DIR",
+}
+
+
+NAMES = dict(dit="transformer", high="high-noise expert", low="low-noise expert", vae="VAE", text="text encoder")
+
+
+def blank(preset, part):
+    """A preset's network on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        if part == "vae":
+            return WanVAE(preset.vae)
+        return UMT5(preset.text) if part == "text" else WanDiT(preset.dit)
+
+
+def find_parts(name, folder):
+    """The path of each of a preset's networks and of its tokenizer in a folder; UserError names what is missing.
+
+    Known places first; then any single .safetensors file below the folder whose tensors are the network's.
+    """
+    preset, folder = CONFIGS[name], Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--ckpt {folder}: no such folder; --model {name} needs {DOWNLOAD[name]}")
+
+    def holds(path):
+        return path.is_file() or any(path.glob("*.index.json")) or len([*path.glob("*.safetensors")]) == 1
+
+    wanted = ["dit"] if preset.boundary is None else ["high", "low"]
+    wanted += ["vae", "text", "tokenizer"]
+    parts = {p: next((folder / place for place in PLACES[p] if holds(folder / place)), None) for p in wanted}
+    lost = [p for p in wanted if parts[p] is None]
+    for file in sorted(folder.rglob("*.safetensors")) if lost else ():
+        if re.search(r"-\d+-of-\d+$", file.stem):
+            continue  # a shard; its folder has or lacks an index
+        is_it = describe(Checkpoint(file).shapes, file)
+        for part in lost:
+            if part in NAMES and is_it == expected(preset, part):
+                if parts[part] is not None:
+                    raise UserError(f"--ckpt {folder}: {parts[part].name} and {file.name} are both {is_it}; keep one")
+                parts[part] = file
+    lost = [NAMES.get(p, "tokenizer.json") for p in wanted if parts[p] is None]
+    if lost:
+        raise UserError(f"--ckpt {folder}: no {', no '.join(lost)} in it; --model {name} needs {DOWNLOAD[name]}")
+    return parts
+
+
+def expected(preset, part):
+    """What `describe` says of a preset's network."""
+    if part in ("high", "low"):
+        return f"A14B's {part}-noise expert"
+    return describe({k: tuple(v.shape) for k, v in blank(preset, part).state_dict().items()})
+
+
 class Wan:
-    """A preset's networks with their weights, frozen and in eval mode."""
+    """A preset's networks `dit`, `vae` and `text`, frozen and in eval mode, each read when it is first asked for.
 
-    preset: Preset
-    dit: WanDiT
-    vae: WanVAE
-    text: UMT5
-    tokenizer: object
+    Every file's header is checked at once. `dit` and `text` are in `dtype`, the VAE in fp32 as the reference has
+    it. With keep=False only one network is in memory: asking for another lets the last one go (sampling); what
+    was changed in it is lost, so `loras`, (part, path) pairs, are merged whenever their transformer is read.
+    """
+
+    def __init__(self, name, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=()):
+        from tokenizers import Tokenizer
+
+        self.name, self.preset, self.device, self.dtype = name, CONFIGS[name], torch.device(device), dtype
+        self.keep, self.loras, self.networks = keep, list(loras), {}
+        self.paths = find_parts(name, ckpt or self.preset.folder)
+        for part, path in self.paths.items():
+            if part in NAMES:
+                match(blank(self.preset, part), Checkpoint(path), expected(self.preset, part))
+        if "high" in self.paths:
+            check_experts(self.paths["high"], self.paths["low"])
+        self.tokenizer = Tokenizer.from_file(str(self.paths["tokenizer"]))
+
+    def network(self, part):
+        if part not in self.networks:
+            if not self.keep:
+                self.networks.clear()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            self.networks[part] = self.load(part)
+        return self.networks[part]
+
+    dit = property(lambda self: self.network("dit"))
+    vae = property(lambda self: self.network("vae"))
+    text = property(lambda self: self.network("text"))
+
+    def load(self, part):
+        if part == "dit" and "high" in self.paths:
+            return Experts(self.preset.dit, self.preset.boundary, self.load, self.keep)
+        module = blank(self.preset, part)
+        dtype = torch.float32 if part == "vae" else self.dtype
+        done = load_weights(module, self.paths[part], self.device, dtype)
+        if part == "vae":
+            scale = {k: json.loads(done.metadata[k]) for k in ("mean", "std") if k in done.metadata}
+            module.set_scale(**(dict(mean=self.preset.vae.mean, std=self.preset.vae.std) | scale))
+            module.to(self.device)
+        if self.preset.folder is None:
+            print(
+                f"{NAMES[part]}: {done.tensors} tensors, {done.precision}, {done.layout}: {self.paths[part]}",
+                flush=True,
+            )
+        for path in [path for target, path in self.loras if target == part]:
+            merged, unmatched = merge_lora(module, path)
+            print(
+                f"{path}: merged into {merged} layers of the {NAMES[part]}, {len(unmatched)} names unmatched",
+                flush=True,
+            )
+        return module.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode_text(self, prompts):
-        """Prompts to the context [B, text_len, text_dim]."""
+        """Prompts to the context [B, text_len, text_dim], fp32, padding zero."""
         ids, mask = tokenize(prompts, self.tokenizer, self.preset.dit.text_len)
-        device = next(self.text.parameters()).device
-        return self.text(ids.to(device), mask.to(device)).float()
+        return self.text(ids.to(self.device), mask.to(self.device)).float()
 
 
-def load_model(name, ckpt=None, device="cpu"):
-    """Build a preset's networks with their weights. Raises UserError for an unknown preset or missing weights."""
-    from tokenizers import Tokenizer
+def check_experts(high, low):
+    """A14B's two experts have the same names and shapes, so only their place and their values tell them apart."""
+    for path, other in ((high, "low_noise"), (low, "high_noise")):
+        if other in path.resolve().name:
+            raise UserError(f"{path}: is {path.resolve().name}, the other expert; the two are swapped")
+    probe = "patch_embedding.bias"
+    values = []
+    for checkpoint in (Checkpoint(high), Checkpoint(low)):
+        name = next((k for k in checkpoint.shapes if k.endswith(probe)), None)
+        values.append(dict(checkpoint.read({name})).get(name))
+    if values[0] is not None and torch.equal(*values):
+        raise UserError(f"{high} and {low} hold the same weights: one expert was downloaded or copied twice")
 
+
+def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=()):
+    """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2.
+
+    Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any of them is read.
+    """
     if name not in CONFIGS:
         raise UserError(f"--model {name}: unknown preset; choose from {', '.join(CONFIGS)}")
-    preset = CONFIGS[name]
-    folder = Path(ckpt) if ckpt else preset.folder
-    if folder is None:
-        raise UserError(f"--model {name} needs --ckpt DIR: {DOWNLOAD[name]}")
-    wanted = {"dit.safetensors": WanDiT(preset.dit), "vae.safetensors": WanVAE(preset.vae)}
-    wanted["text.safetensors"] = UMT5(preset.text)
-    for file, module in wanted.items():
-        metadata = load_weights(module, folder / file)
-        if isinstance(module, WanVAE) and "mean" in metadata:
-            module.set_scale(json.loads(metadata["mean"]), json.loads(metadata["std"]))
-    dit, vae, text = (m.to(device).eval().requires_grad_(False) for m in wanted.values())
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder / 'tokenizer.json'}: no such file")
-    return Wan(preset, dit, vae, text, Tokenizer.from_file(str(folder / "tokenizer.json")))
-
-
-DOWNLOAD = {
-    "wan5b": "the folder with diffusion_pytorch_model*.safetensors, Wan2.2_VAE.pth and "
-    "models_t5_umt5-xxl-enc-bf16.pth; get it with `hf download Wan-AI/Wan2.2-TI2V-5B --local-dir DIR`",
-    "wan14b": "the folder with high_noise_model/, low_noise_model/, Wan2.1_VAE.pth and "
-    "models_t5_umt5-xxl-enc-bf16.pth; get it with `hf download Wan-AI/Wan2.2-I2V-A14B --local-dir DIR`",
-}
+    if not ckpt and CONFIGS[name].folder is None:
+        raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
+    if dtype is None:
+        dtype = torch.float32 if CONFIGS[name].folder else torch.bfloat16
+    return Wan(name, ckpt, device, dtype, keep, loras)

@@ -10,6 +10,8 @@ steps, one step's graph at a time: memory of one step whatever K is, and exactly
 
 import argparse
 import dataclasses
+import functools
+import math
 import sys
 import typing
 from dataclasses import dataclass
@@ -18,36 +20,50 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import CONFIGS, UserError, load_model, merge_lora
+from model import CONFIGS, UserError, load_model
 
 
-def sigmas(steps, shift):
-    """Noise levels from 1 to 0, [steps + 1], moved towards noise by `shift` (Wan: 5; 1 = evenly spaced)."""
-    s = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+def sigmas(steps, shift, start=1.0):
+    """Noise levels from `start` to 0, [steps + 1], moved towards noise by `shift` (Wan: 5; 1 = evenly spaced)."""
+    s = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
     return shift * s / (1 + (shift - 1) * s)
 
 
 def pin(x, first):
-    """The latent x [B, C, F', h, w] with frame 0 replaced by the image's latent `first` [B, C, 1, h, w]."""
-    return torch.cat([first.type_as(x), x[:, :, 1:]], 2)
+    """The latent x [B, C, F', h, w] with frame 0 replaced by the image's latent `first` [B, C, 1, h, w] (None: x)."""
+    return x if first is None else torch.cat([first.type_as(x), x[:, :, 1:]], 2)
 
 
-def velocity(dit, x, sigma, context):
-    """v(x, 1000 sigma) of a pinned latent: frame 0 is clean, so its timestep is 0."""
+def velocity(dit, x, sigma, context, y=None):
+    """v(x, 1000 sigma). Without y, frame 0 of x is the clean image, so its timestep is 0; A14B has y instead."""
     t = x.new_full((x.shape[0], x.shape[2]), 1000 * float(sigma))
+    if y is not None:
+        return dit(x, t, context, y)
     t[:, 0] = 0
     return dit(x, t, context)
 
 
+def guided(dit, null, scale):
+    """A DiT under classifier-free guidance (arXiv 2207.12598): v_null + scale (v - v_null); null [1, L, text_dim]."""
+
+    def guided_dit(x, t, context, y=None):
+        v_null = dit(x, t, null.expand(len(x), -1, -1), y)
+        return v_null + scale * (dit(x, t, context, y) - v_null)
+
+    return guided_dit
+
+
 @torch.no_grad()
-def rollout(dit, noise, first, context, sigma, window=0, progress=lambda steps: steps):
+def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
     """Euler steps from noise to the clip's latent, without gradient.
 
-    noise [B, C, F', h, w]; first [B, C, 1, h, w]; context [B, L, text_dim]; sigma [N+1]. Returns the window's
-    latents x_{N-K} .. x_N, a list of K + 1 with K = `window`. Raises ValueError if the window exceeds the steps.
+    noise [B, C, F', h, w]; first [B, C, 1, h, w] or None with y [B, C_y, F', h, w]; context [B, L, text_dim];
+    sigma [N+1]. Returns the window's latents x_{N-K} .. x_N, a list of K + 1 with K = `window`. Raises ValueError
+    if the window exceeds the steps.
     """
     steps = len(sigma) - 1
     if not 0 <= window <= steps:
@@ -55,32 +71,74 @@ def rollout(dit, noise, first, context, sigma, window=0, progress=lambda steps: 
     x = pin(noise, first)
     latents = [x] if window == steps else []
     for i in progress(range(steps)):
-        x = pin(x + float(sigma[i + 1] - sigma[i]) * velocity(dit, x, sigma[i], context), first)
+        x = pin(x + float(sigma[i + 1] - sigma[i]) * velocity(dit, x, sigma[i], context, y), first)
         if i + 1 >= steps - window:
             latents.append(x)
     return latents
 
 
-def window_backward(dit, latents, sigma, context, grad, penalty=None):
+@torch.no_grad()
+def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
+    """UniPC of order 2, B(h) = e^h - 1 (arXiv 2302.04867): what Wan 2.2 samples with. Returns the final latent.
+
+    As the reference does, the schedule starts at 0.999, timesteps are whole numbers, and the first and last step
+    are of order 1. With lambda = log((1 - sigma) / sigma), m the data that a velocity predicts, h = lambda_j -
+    lambda_i and e = exp(-h) - 1, a step from i to j is  sigma_j / sigma_i x_i - (1 - sigma_j) e (m_i + D).
+    """
+    sigma = sigmas(steps, shift, 0.999)
+    lam = torch.log((1 - sigma) / sigma).tolist()
+    sigma = sigma.tolist()
+
+    def step(i, j, x, m, D):
+        return sigma[j] / sigma[i] * x - (1 - sigma[j]) * math.expm1(lam[i] - lam[j]) * (m + D)
+
+    def slope(i, h):  # the difference to the prediction before last, and where that one lies
+        r = (lam[i - 1] - lam[i]) / h
+        return (data[i - 1] - data[i]) / r, r
+
+    x, last, data, order = pin(noise, first), None, [], 0
+    for i in progress(range(steps)):
+        v = velocity(dit, x, int(1000 * sigma[i] + 1e-5) / 1000, context, y)
+        data.append(x - sigma[i] * v)
+        if i:  # correct the last step with what this evaluation says
+            h = lam[i] - lam[i - 1]
+            e, D = math.expm1(-h), 0.5 * (data[i] - data[i - 1])
+            if order == 2:
+                D1, r = slope(i - 1, h)
+                b1 = (-e / h - 1) / e
+                b2 = 2 * ((-e / h - 1) / -h - 0.5) / e
+                rho = (b1 - b2) / (1 - r)
+                D = rho * D1 + (b1 - rho) * (data[i] - data[i - 1])
+            x = step(i - 1, i, last, data[i - 1], D)
+        order = min(2, i + 1, steps - i)
+        last = x
+        D = 0.5 * slope(i, lam[i + 1] - lam[i])[0] if order == 2 else 0.0
+        x = pin(step(i, i + 1, x, data[i], D), first)
+        data[: i - 1] = [None] * max(0, i - 1)  # only the last two are needed
+    return x
+
+
+def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None):
     """Accumulate the gradient of <grad, x_N> + sum_i penalty_i in the DiT's parameters, through the window.
 
-    latents: `rollout`'s list x_{N-K} .. x_N; grad: the loss's gradient at x_N, [B, C, F', h, w].
+    latents: `rollout`'s list x_{N-K} .. x_N; grad: the loss's gradient at x_N, [B, C, F', h, w]; y as in `rollout`.
     penalty(v, x, i) gives a scalar of step i's velocity v at latent x (the velocity KL), or None.
     Returns the gradient at x_{N-K}. One DiT graph is alive at a time: step i's chain rule is
         g_i = d/dx_i ( <g_{i+1}, x_i + (sigma_{i+1} - sigma_i) v(x_i)> + penalty_i ),
     and a pinned frame passes nothing on, because the next latent does not depend on it.
     """
     last = len(sigma) - 1
+    pinned = None if y is not None else torch.zeros_like(grad[:, :, :1])
     for i, x in zip(range(last - 1, last - len(latents), -1), latents[-2::-1]):
-        grad = pin(grad, torch.zeros_like(grad[:, :, :1]))
+        grad = pin(grad, pinned)
         x = x.detach().requires_grad_()
-        v = velocity(dit, x, sigma[i], context)
+        v = velocity(dit, x, sigma[i], context, y)
         loss = (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
         if penalty is not None:
             loss = loss + penalty(v, x.detach(), i)
         loss.backward()
         grad = x.grad
-    return pin(grad, torch.zeros_like(grad[:, :, :1]))
+    return pin(grad, pinned)
 
 
 def noise_like(shape, *seed):
@@ -105,6 +163,53 @@ def latent_size(preset, frames, size):
     )
 
 
+def best_size(preset, width, height):
+    """The output's (height, width) for a picture: its shape, the preset's area, multiples of stride times patch.
+
+    Source: best_output_size in wan/utils/utils.py (5B); wan/image2video.py (A14B), whose own rounding error makes
+    480x832 of some pictures 464x832: not repeated here.
+    """
+    area = preset.size[0] * preset.size[1]
+    dh, dw = (s * p for s, p in zip(preset.vae.stride[1:], preset.dit.patch_size[1:]))
+    ideal_h, ideal_w = (area * height / width) ** 0.5, (area * width / height) ** 0.5
+    if preset.boundary is not None:
+        return int(ideal_h // dh * dh), int(ideal_w // dw * dw)
+    ratio, w = width / height, int(ideal_w // dw * dw)
+    h = int(ideal_h // dh * dh)
+    by_width, by_height = (int(area / w // dh * dh), w), (h, int(area / h // dw * dw))
+
+    def bend(size):
+        return max(ratio * size[0] / size[1], size[1] / size[0] / ratio)
+
+    return by_width if bend(by_width) < bend(by_height) else by_height
+
+
+@torch.no_grad()
+def condition(wan, image, frames):
+    """What the networks are given of a picture uint8 [H, W, 3] for a clip of `frames`: (first, y), one of them None.
+
+    5B: the picture's latent, [1, z, 1, h, w]. A14B: [1, 4 + z, F', h, w], a mask (1 in frame 0) and the latents
+    of the picture followed by grey frames.
+    """
+    video = to_tensor(image[None]).to(wan.device)
+    if wan.preset.dit.in_dim == wan.preset.dit.out_dim:
+        return wan.vae.encode(video), None
+    latent = wan.vae.encode(F.pad(video, (0, 0, 0, 0, 0, frames - 1)))
+    mask = torch.zeros_like(latent[:, :4])
+    mask[:, :, 0] = 1
+    return None, torch.cat([mask, latent], 1)
+
+
+@torch.no_grad()
+def decode(vae, latent):
+    """A latent [1, z, F', h, w] to uint8 frames [F, H, W, 3], one latent frame in memory at a time."""
+    caches, frames = None, []
+    for part in latent.split(1, 2):
+        video, caches = vae.decode_chunk(part, caches)
+        frames.append(to_frames(video))
+    return np.concatenate(frames)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures and clips on disk
 
@@ -113,16 +218,16 @@ def fit(image, size):
     """A PIL image resized to cover `size` = (height, width) and centre-cropped to it, as uint8 [H, W, 3]."""
     h, w = size
     scale = max(w / image.width, h / image.height)
-    image = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
     x, y = (image.width - w) // 2, (image.height - h) // 2
     return np.asarray(image.crop((x, y, x + w, y + h)))
 
 
-def read_image(path, size):
-    """A picture as uint8 [H, W, 3], covering `size` = (height, width). UserError if it cannot be read."""
+def read_picture(path):
+    """A picture as a PIL image in RGB. UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return fit(image, size)
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"--image {path}: no such file") from None
     except (UnidentifiedImageError, OSError) as error:
@@ -221,40 +326,73 @@ class SampleOptions:
     out: str = option("sample.mp4", "the clip to write, .mp4")
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    lora: str = option("", "a LoRA to merge, e.g. out/lora.safetensors")
+    lora: str = option("", "LoRAs to merge, comma-separated; for wan14b as low=FILE (the default) or high=FILE")
     steps: int | None = option(None, "sampling steps; default: the preset's")
     shift: float | None = option(None, "of the noise schedule; default: the preset's")
+    solver: str = option("", "euler (as in training) or unipc; default: unipc, and euler for tiny")
+    cfg: float | None = option(None, "classifier-free guidance, 1 = off (distilled weights); default: the preset's")
+    negative: str = option("", "negative prompt, used where cfg is on")
     frames: int | None = option(None, "frames of the clip, 4n+1; default: the preset's")
-    size: tuple[int, int] | None = option(None, "HxW in pixels; default: the preset's")
+    size: tuple[int, int] | None = option(None, "HxW in pixels; default: the picture's shape at the preset's area")
+    precision: str = option("", "of transformer and text encoder: bf16 or fp32; default: bf16, and fp32 for tiny")
     seed: int = option(0, "of the noise")
 
 
-def main():
-    options = parse_options(SampleOptions, doc=__doc__)
+def parse_loras(text, experts):
+    """'FILE,high=FILE' to (part, path) pairs; a LoRA without a part is the transformer's or the low-noise expert's."""
+    pairs = []
+    for item in filter(None, text.split(",")):
+        part, _, path = item.rpartition("=")
+        if part not in (("", "high", "low") if experts else ("",)):
+            raise UserError(f"--lora {item}: {part!r} is no expert; wan14b has high and low, the other models none")
+        if not Path(path).is_file():
+            raise UserError(f"--lora {path}: no such file")
+        pairs.append((part or ("low" if experts else "dit"), path))
+    return pairs
+
+
+def check(options):
+    """Refuse what cannot work before anything is loaded."""
     if not options.image:
         raise UserError("--image FILE is needed: the picture that the clip starts from")
     if Path(options.out).suffix != ".mp4" or not Path(options.out).absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: must be an .mp4 file in a folder that exists")
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    preset = CONFIGS[options.model]
-    size, frames = options.size or preset.size, options.frames or preset.frames
-    shape = latent_size(preset, frames, size)
-    if (options.steps or 1) < 1:
+    for name, allowed in dict(solver=("", "euler", "unipc"), precision=("", "bf16", "fp32")).items():
+        if getattr(options, name) not in allowed:
+            raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed[1:])}")
+    if options.steps is not None and options.steps < 1:
         raise UserError(f"--steps {options.steps}: at least 1")
-    image = read_image(options.image, size)
+    if options.shift is not None and options.shift <= 0:
+        raise UserError(f"--shift {options.shift}: must be above 0")
+
+
+def main():
+    options = parse_options(SampleOptions, doc=__doc__)
+    check(options)
+    preset = CONFIGS[options.model]
+    frames, steps, shift = options.frames or preset.frames, options.steps or preset.steps, options.shift or preset.shift
+    tiny = preset.folder is not None
+    picture = read_picture(options.image)
+    size = options.size or (preset.size if tiny else best_size(preset, *picture.size))
+    shape = latent_size(preset, frames, size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wan = load_model(options.model, options.ckpt, device)
-    if options.lora:
-        print(f"{options.lora}: merged into {merge_lora(wan.dit, options.lora)} layers")
-    context = wan.encode_text([options.prompt])
-    with torch.no_grad():
-        first = wan.vae.encode(to_tensor(image[None]).to(device))
-        noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
-        schedule = sigmas(options.steps or preset.steps, options.shift or preset.shift)
-        (latent,) = rollout(wan.dit, noise, first, context, schedule, progress=lambda s: tqdm(s, desc="sampling"))
-        video = wan.vae.decode(latent)
-    write_video(options.out, to_frames(video), preset.fps)
+    dtype = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    loras = parse_loras(options.lora, preset.boundary is not None)
+    wan = load_model(options.model, options.ckpt, device, dtype, keep=False, loras=loras)
+    cfg = preset.cfg if options.cfg is None else options.cfg
+    contexts = wan.encode_text([options.prompt, options.negative] if cfg != 1 else [options.prompt])
+    first, y = condition(wan, fit(picture, size), frames)
+    noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
+    dit = wan.dit if cfg == 1 else guided(wan.dit, contexts[1:], cfg)
+    bar = functools.partial(tqdm, desc="sampling")
+    if (options.solver or ("euler" if tiny else "unipc")) == "unipc":
+        latent = unipc(dit, noise, first, contexts[:1], steps, shift, y, bar)
+    else:
+        latent = rollout(dit, noise, first, contexts[:1], sigmas(steps, shift), y=y, progress=bar)[0]
+    del dit  # its memory is free before the decoder is read
+    write_video(options.out, decode(wan.vae, latent), preset.fps)
     print(f"{options.out}: {frames} frames of {size[1]}x{size[0]} at {preset.fps} fps")
 
 

@@ -26,7 +26,7 @@ from reward import ArcFace, align
 # phase: steps, batch, frames, crop, peak learning rate of the kernels
 PHASES = [
     ("images", 1500, 16, 1, 64, 0.02),
-    ("clips", 1500, 3, 17, 64, 0.015),
+    ("clips", 4000, 3, 17, 64, 0.015),
     ("decoder", 1500, 1, 17, 128, 0.01),  # the encoder is final, so the DiT's latents can be made meanwhile
 ]
 IDENTITY_WEIGHT = 0.1  # on 1 - cosine of ArcFace embeddings of the faces, true against decoded (last phase)
@@ -133,9 +133,9 @@ def phase_at(step):
 
 
 def learning_rate(step):
-    """Warm-up, then cosine to a third within each phase; the last phase goes to a hundredth."""
+    """Warm-up, then cosine within each phase: to a third, to a twentieth, to a hundredth."""
     phase, ahead = phase_at(step)
-    floor = 0.01 if phase is PHASES[-1] else 0.3
+    floor = dict(images=0.3, clips=0.05, decoder=0.01)[phase[0]]
     return (
         phase[-1] * min(1, (ahead + 1) / 100) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * ahead / phase[1])))
     )
@@ -272,7 +272,7 @@ def train(work, out, threads=2):
             torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - keep)
         if step % 20 == 0:
             bar.set_postfix(phase=phase, psnr=f"{psnr((output - video).detach()):.1f}", kl=f"{float(kl):.1f}")
-        if (step + 1) % 500 == 0 or step + 1 == total:
+        if (step + 1) % 250 == 0 or step + 1 == total:
             snapshot = dict(vae=vae.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             torch.save(snapshot, folder / "state.part")
             os.replace(folder / "state.part", state)

@@ -5,18 +5,22 @@ import pytest
 import torch
 from PIL import Image
 
-from model import CONFIGS, DiTConfig, UserError, WanDiT
+from model import CONFIGS, DiTConfig, Experts, UserError, WanDiT
 from sample import (
+    best_size,
+    condition,
     fit,
+    guided,
     latent_size,
     noise_like,
     pin,
-    read_image,
+    read_picture,
     read_video,
     rollout,
     sigmas,
     to_frames,
     to_tensor,
+    unipc,
     velocity,
     window_backward,
     write_video,
@@ -46,6 +50,94 @@ def test_sigmas_equal_diffusers_flow_match_scheduler():
     scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, 9)[:-1])
     assert torch.allclose(scheduler.sigmas.double(), sigmas(8, 5.0), atol=1e-6)  # theirs are fp32
+
+
+@pytest.mark.parametrize("steps, shift", [(1, 5.0), (2, 5.0), (3, 2.0), (8, 5.0), (50, 5.0)])
+def test_unipc_equals_diffusers_scheduler(steps, shift):
+    """The velocity is a nonlinear function of latent and time, so that every coefficient shows."""
+    scheduler = pytest.importorskip("diffusers").UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(0.999, 0, steps + 1)[:-1])  # the original's; diffusers' own differ
+    first, noise = torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 3, 2, 2)
+
+    def dit(x, t, context):
+        return torch.sin(3 * x) + t[:, None, :, None, None] / 1000 - x.roll(1, 2)
+
+    x = pin(noise, first)
+    for t in scheduler.timesteps:
+        v = velocity(dit, x, t / 1000, None)
+        x = pin(scheduler.step(v, t, x).prev_sample, first)
+    ours = unipc(dit, noise.double(), first, None, steps, shift)
+    assert (ours - x).abs().max() < 2e-4  # the scheduler computes its coefficients in fp32
+
+
+def test_guidance_mixes_two_velocities_and_off_is_the_model(scene):
+    dit, noise, first, context = scene
+    null = torch.randn(1, 6, 8).double()
+    t = torch.full((2, 3), 500.0)
+    a, b = dit(noise, t, context), dit(noise, t, null.expand(2, -1, -1))
+    assert torch.allclose(guided(dit, null, 3.5)(noise, t, context), b + 3.5 * (a - b))
+    assert torch.allclose(guided(dit, null, 1.0)(noise, t, context), a)
+
+
+def test_two_experts_switch_at_the_boundary_and_take_the_conditioning_on_channels():
+    """Every step from t = 900 up is the high-noise expert's, and nothing is pinned: the picture is in y."""
+    cfg = DiTConfig(
+        dim=48, ffn_dim=64, num_heads=2, num_layers=1, in_dim=10, out_dim=4, freq_dim=16, text_dim=8, text_len=6
+    )
+    made = {name: WanDiT(cfg).requires_grad_(False) for name in ("high", "low")}
+    for module in made.values():
+        torch.nn.init.normal_(module.head.head.weight, std=0.1)
+    asked = []
+    for name, module in made.items():
+        module.register_forward_hook(lambda m, inputs, out, name=name: asked.append((name, float(inputs[1].max()))))
+    loads = []
+    experts = Experts(cfg, 0.9, lambda name: loads.append(name) or made[name], keep=False)
+    noise, y, context = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 6, 3, 4, 4), torch.randn(1, 6, 8)
+    (x,) = rollout(experts, noise, None, context, sigmas(8, 5.0), y=y)
+    assert [n for n, _ in asked] == ["high"] * 3 + ["low"] * 5 and loads == ["high", "low"]
+    assert list(experts._modules) == ["low"]  # the other one was let go
+    assert not torch.equal(x[:, :, 0], noise[:, :, 0])
+    expected, s = noise, sigmas(8, 5.0).tolist()
+    for i in range(8):
+        v = made["high" if s[i] >= 0.9 else "low"](expected, torch.full((1,), 1000 * s[i]), context, y)
+        expected = expected + (s[i + 1] - s[i]) * v
+    assert torch.allclose(x, expected, atol=1e-5)
+
+
+def test_the_window_gradient_without_pinning_equals_autograd_through_both_experts():
+    cfg = DiTConfig(
+        dim=48, ffn_dim=64, num_heads=2, num_layers=1, in_dim=10, out_dim=4, freq_dim=16, text_dim=8, text_len=6
+    )
+    torch.manual_seed(0)
+    made = {name: WanDiT(cfg).double() for name in ("high", "low")}
+    for p in [p for module in made.values() for p in module.parameters()]:
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    made["high"].requires_grad_(False)
+    experts = Experts(cfg, 0.9, made.get)
+    noise, y, context = (torch.randn(1, *s).double() for s in ((4, 3, 4, 4), (6, 3, 4, 4), (6, 8)))
+    s, probe = sigmas(6, 5.0), torch.randn(1, 4, 3, 4, 4).double()
+    latents = rollout(experts, noise, None, context, s, 5, y=y)
+    grad = window_backward(experts, latents, s, context, probe, y=y)
+    ours = [p.grad.clone() for p in made["low"].parameters()]
+    made["low"].zero_grad()
+    start = x = latents[0].clone().requires_grad_()
+    for i in range(1, 6):
+        x = x + float(s[i + 1] - s[i]) * velocity(experts, x, s[i], context, y)
+    (x * probe).sum().backward()
+    assert torch.allclose(grad, start.grad, rtol=1e-9, atol=1e-12)
+    for a, p in zip(ours, made["low"].parameters()):
+        assert torch.allclose(a, p.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name, picture, size", [
+    ("wan5b", (1280, 704), (704, 1280)), ("wan5b", (704, 1280), (1280, 704)), ("wan5b", (1000, 1000), (928, 960)),
+    ("wan5b", (1920, 817), (608, 1440)), ("wan14b", (832, 480), (480, 832)), ("wan14b", (1000, 1000), (624, 624)),
+])  # fmt: skip
+def test_the_output_takes_the_pictures_shape_at_the_presets_area(name, picture, size):
+    """Expected sizes from running the original's best_output_size (5B) and the A14B pipeline's formula."""
+    assert best_size(CONFIGS[name], *picture) == size
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 5])
@@ -164,8 +256,8 @@ def test_video_survives_the_codec_and_the_tensor_round_trip(tmp_path):
 def test_unreadable_pictures_and_videos_are_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"not a picture")
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
-    for call, name in ((lambda p: read_image(p, (8, 8)), "bad.png"), (read_video, "bad.mp4")):
+    for call, name in ((read_picture, "bad.png"), (read_video, "bad.mp4")):
         with pytest.raises(UserError, match=name):
             call(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
-        read_image(tmp_path / "none.png", (8, 8))
+        read_picture(tmp_path / "none.png")
