@@ -837,6 +837,10 @@ def open_pickle(path):
     return state
 
 
+def is_shard(path):
+    return re.search(r"-\d+-of-\d+$", path.stem) is not None
+
+
 def shard_files(path):
     """The files of a checkpoint: one file, or what the index in a folder names. UserError where one is missing."""
     path = Path(path)
@@ -858,9 +862,9 @@ def shard_files(path):
             raise UserError(f"{indices[0]}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
         return files
     files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
-    if len(files) == 1 and not re.search(r"-0*\d+-of-0*\d+$", files[0].stem):
+    if len(files) == 1 and not is_shard(files[0]):
         return files
-    if files and all(re.search(r"-\d+-of-\d+$", f.stem) for f in files):
+    if files and all(map(is_shard, files)):
         raise UserError(f"{path}: {len(files)} shard(s) but no *.index.json beside them; download it too")
     names = ", ".join(f.name for f in files[:4])
     raise UserError(f"{path}: " + (f"several checkpoints ({names}); keep one" if files else "no *.safetensors in it"))
@@ -1106,7 +1110,7 @@ def merge_lora(model, path, strength=1.0):
         found = LORA_KEY.match(PREFIX.sub("", key))
         name = spelled.get(found["module"]) if found else None
         if name is None:
-            unmatched.add(found["module"] if found else key)
+            unmatched.add(found["module"] if found else PREFIX.sub("", key))
         else:
             groups.setdefault(name, {})[LORA_KINDS.get(found["kind"], found["other"])] = key
     if not groups:
@@ -1205,15 +1209,16 @@ def find_parts(name, folder):
         raise UserError(f"--ckpt {folder}: no such folder; --model {name} needs {DOWNLOAD[name]}")
 
     def holds(path):
-        return path.is_file() or any(path.glob("*.index.json")) or len([*path.glob("*.safetensors")]) == 1
+        files = [*path.glob("*.safetensors")]
+        return path.is_file() or any(path.glob("*.index.json")) or len(files) == 1 or any(map(is_shard, files))
 
     wanted = ["dit"] if preset.boundary is None else ["high", "low"]
     wanted += ["vae", "text", "tokenizer"]
     parts = {p: next((folder / place for place in PLACES[p] if holds(folder / place)), None) for p in wanted}
     lost = [p for p in wanted if parts[p] is None]
     for file in sorted(folder.rglob("*.safetensors")) if lost else ():
-        if re.search(r"-\d+-of-\d+$", file.stem):
-            continue  # a shard; its folder has or lacks an index
+        if is_shard(file):
+            continue
         is_it = describe(Checkpoint(file).shapes, file)
         for part in lost:
             if part in NAMES and is_it == expected(preset, part):

@@ -8,7 +8,6 @@ from PIL import Image
 from model import CONFIGS, DiTConfig, Experts, UserError, WanDiT
 from sample import (
     best_size,
-    condition,
     fit,
     guided,
     latent_size,
@@ -73,7 +72,7 @@ def test_unipc_equals_diffusers_scheduler(steps, shift):
 
 
 def test_guidance_mixes_two_velocities_and_off_is_the_model(scene):
-    dit, noise, first, context = scene
+    dit, noise, _, context = scene
     null = torch.randn(1, 6, 8).double()
     t = torch.full((2, 3), 500.0)
     a, b = dit(noise, t, context), dit(noise, t, null.expand(2, -1, -1))

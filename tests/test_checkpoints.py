@@ -1,0 +1,550 @@
+"""Checkpoints in every layout, against files that diffusers and transformers wrote; wrong files; LoRAs; sampling."""
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import sample
+from model import (
+    CONFIGS,
+    DiTConfig,
+    UMT5Config,
+    UserError,
+    VAEConfig,
+    WanDiT,
+    WanVAE,
+    add_lora,
+    load_model,
+    load_weights,
+    merge_lora,
+    save_lora,
+)
+from sample import condition, guided, rollout, sigmas, unipc
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+# fmt: off
+DIT5 = DiTConfig(dim=48, ffn_dim=80, num_heads=2, num_layers=2, in_dim=6, out_dim=6, freq_dim=32, text_dim=40,
+                 text_len=12)
+DIT14 = dataclasses.replace(DIT5, dim=72, in_dim=14, out_dim=5, num_heads=3)
+SCALE = [dict(mean=tuple(k / 10 for k in range(z)), std=tuple(1 + k / 10 for k in range(z))) for z in (6, 5)]
+VAE22 = VAEConfig(dim=8, dec_dim=12, z_dim=6, num_res_blocks=1, **SCALE[0])
+VAE21 = VAEConfig(dim=8, dec_dim=8, z_dim=5, num_res_blocks=2, patch_size=1, **SCALE[1])
+TEXT = UMT5Config(dim=40, dim_attn=32, dim_ffn=64, num_heads=4, num_layers=2, vocab_size=64)
+# fmt: on
+
+
+def random_values(module):
+    """Random values everywhere, also where training starts at zero, and small enough that all stays finite."""
+    for p in module.parameters():
+        p.data = p.data + 0.3 / p.shape[-1] ** 0.5 * torch.randn_like(p)
+    return module.eval().requires_grad_(False)
+
+
+def diffusers_dit(cfg):
+    return random_values(diffusers.WanTransformer3DModel(
+        patch_size=cfg.patch_size, num_attention_heads=cfg.num_heads, attention_head_dim=cfg.dim // cfg.num_heads,
+        in_channels=cfg.in_dim, out_channels=cfg.out_dim, text_dim=cfg.text_dim, freq_dim=cfg.freq_dim,
+        ffn_dim=cfg.ffn_dim, num_layers=cfg.num_layers, cross_attn_norm=True, eps=cfg.eps, rope_max_seq_len=64,
+    ))  # fmt: skip
+
+
+def diffusers_vae(cfg):
+    extra = {} if cfg.patch_size == 1 else dict(
+        is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
+        decoder_base_dim=cfg.dec_dim,
+    )  # fmt: skip
+    return random_values(diffusers.AutoencoderKLWan(
+        base_dim=cfg.dim, z_dim=cfg.z_dim, dim_mult=list(cfg.dim_mult), num_res_blocks=cfg.num_res_blocks,
+        temperal_downsample=list(cfg.temporal_downsample), latents_mean=list(cfg.mean), latents_std=list(cfg.std),
+        **extra,
+    ))  # fmt: skip
+
+
+def transformers_umt5(cfg):
+    return random_values(transformers.UMT5EncoderModel(transformers.UMT5Config(
+        vocab_size=cfg.vocab_size, d_model=cfg.dim, d_kv=cfg.dim_attn // cfg.num_heads, d_ff=cfg.dim_ffn,
+        num_heads=cfg.num_heads, num_layers=cfg.num_layers, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+    )))  # fmt: skip
+
+
+def write_tokenizer(path):
+    words = ["<pad>", "</s>", "<unk>", "a", "man", "woman", "turns", "left", "smiles"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+
+
+def write_shards(state, folder, count=3, stem="diffusion_pytorch_model"):
+    """The released layout: shards and an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{stem}-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    where = {key: names[i % count] for i, key in enumerate(state)}
+    for name in names:
+        save_file({k: v.contiguous() for k, v in state.items() if where[k] == name}, folder / name)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Both models, small: as diffusers and transformers write them, and the same weights native and for ComfyUI."""
+    root, patch = tmp_path_factory.mktemp("checkpoints"), pytest.MonkeyPatch()
+    small = dict(text=TEXT, frames=9, size=(64, 64), steps=4)
+    patch.setitem(CONFIGS, "wan5b", dataclasses.replace(CONFIGS["wan5b"], dit=DIT5, vae=VAE22, **small))
+    patch.setitem(CONFIGS, "wan14b", dataclasses.replace(CONFIGS["wan14b"], dit=DIT14, vae=VAE21, **small))
+    torch.manual_seed(0)
+    theirs = {
+        "wan5b": dict(transformer=diffusers_dit(DIT5), vae=diffusers_vae(VAE22)),
+        "wan14b": dict(transformer=diffusers_dit(DIT14), transformer_2=diffusers_dit(DIT14), vae=diffusers_vae(VAE21)),
+    }
+    for name, parts in theirs.items():
+        parts["text_encoder"] = transformers_umt5(TEXT)
+        folder = root / f"diffusers-{name}"
+        for part, module in parts.items():
+            module.save_pretrained(folder / part, max_shard_size="60KB" if "transformer" in part else "5GB")
+        write_tokenizer(folder / "tokenizer/tokenizer.json")
+        wan = load_model(name, folder, dtype=torch.float32)
+        state = {"vae": wan.vae.state_dict(), "text": wan.text.state_dict()}
+        dits = {"": wan.dit} if name == "wan5b" else {n: wan.dit.expert(n) for n in ("high", "low")}
+        native, comfy = root / f"native-{name}", root / f"comfy-{name}"
+        for expert, dit in dits.items():
+            write_shards(dit.state_dict(), native / f"{expert}_noise_model" if expert else native)
+            file = comfy / f"diffusion_models/wan2.2_{expert or 'ti2v'}_noise_fp16.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"model.diffusion_model." + k: v for k, v in dit.state_dict().items()}, file)
+        torch.save(state["vae"], native / ("Wan2.2_VAE.pth" if name == "wan5b" else "Wan2.1_VAE.pth"))
+        torch.save(state["text"], native / "models_t5_umt5-xxl-enc-bf16.pth")
+        write_tokenizer(native / "google/umt5-xxl/tokenizer.json")
+        for part, sub in (("vae", "vae"), ("text", "text_encoders")):
+            (comfy / sub).mkdir()
+            save_file(state[part], comfy / sub / f"some_{part}_name.safetensors")
+        write_tokenizer(comfy / "tokenizer.json")
+    yield root, theirs
+    patch.undo()
+
+
+@pytest.fixture
+def tmp_native(world, tmp_path):
+    """A copy of the native wan5b folder, to damage."""
+    import shutil
+
+    return shutil.copytree(world[0] / "native-wan5b", tmp_path / "ckpt")
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", ["wan5b", "wan14b"])
+def test_a_sample_from_files_equals_diffusers_image_to_video_pipeline(name, world):
+    """Files, conditioning, expert switch, guidance and schedule at once: 4 Euler steps from the same noise."""
+    root, theirs = world
+    parts, preset = theirs[name], CONFIGS[name]
+    wan = load_model(name, root / f"diffusers-{name}", dtype=torch.float32)
+    prompt, null = wan.encode_text(["a man turns left"]), wan.encode_text(["a woman"])
+    noise = torch.randn(1, preset.vae.z_dim, 3, *(64 // s for s in preset.vae.stride[1:]))
+    pipe = diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=parts["vae"], transformer=parts["transformer"],
+        transformer_2=parts.get("transformer_2"), boundary_ratio=preset.boundary, expand_timesteps=name == "wan5b",
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    # the scheduler's own last noise level is not 0's neighbour in an even spacing; give it ours
+    pipe.scheduler.set_timesteps = lambda steps, device=None, f=pipe.scheduler.set_timesteps: f(
+        sigmas=np.linspace(1, 0, steps + 1)[:-1], device=device
+    )
+    reference = pipe(
+        image=Image.fromarray(PICTURE), prompt_embeds=prompt, negative_prompt_embeds=null, height=64, width=64,
+        num_frames=9, num_inference_steps=4, guidance_scale=3.5, latents=noise, output_type="latent",
+    ).frames  # fmt: skip
+    first, y = condition(wan, PICTURE, 9)
+    ours = rollout(guided(wan.dit, null, 3.5), noise, first, prompt, sigmas(4, 5.0), y=y)[0]
+    assert (ours - reference).abs().max() < 1e-4 * reference.abs().max()  # fp32
+    video = sample.decode(wan.vae, ours)
+    shift, scale = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (preset.vae.mean, preset.vae.std))
+    expected = parts["vae"].decode(reference * scale + shift).sample
+    assert np.abs(video.astype(int) - sample.to_frames(expected).astype(int)).max() <= 1
+
+
+def test_prompts_are_encoded_as_transformers_does(world):
+    root, theirs = world
+    wan = load_model("wan5b", root / "diffusers-wan5b", dtype=torch.float32)
+    context = wan.encode_text(["a man  turns&amp;amp;\n left"])
+    ids = torch.tensor([[3, 4, 6, 2, 7] + [0] * 7])  # & is unknown
+    mask = (torch.arange(12) < 5).long()[None]
+    reference = theirs["wan5b"]["text_encoder"](ids, mask).last_hidden_state * mask[..., None]
+    assert (context - reference).abs().max() < 1e-4
+    assert (context[0, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["wan5b", "wan14b"])
+def test_every_layout_loads_to_the_same_tensors_and_the_same_clip(name, world, tmp_path):
+    clips = []
+    for layout in ("diffusers", "native", "comfy"):
+        wan = load_model(name, world[0] / f"{layout}-{name}", dtype=torch.float32)
+        dits = [wan.dit] if name == "wan5b" else [wan.dit.expert("high"), wan.dit.expert("low")]
+        clips.append([m.state_dict() for m in (*dits, wan.vae, wan.text)] + [wan.vae.mean, wan.vae.std])
+    for other in clips[1:]:
+        for a, b in zip(clips[0], other):
+            if isinstance(a, dict):
+                assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+            else:
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name, layout, solver", [("wan5b", "native", ""), ("wan14b", "comfy", "euler")])
+def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world, tmp_path, monkeypatch, capsys):
+    Image.fromarray(PICTURE).save(tmp_path / "face.png")
+    out = tmp_path / "clip.mp4"
+    arguments = ["--image", tmp_path / "face.png", "--prompt", "a man smiles", "--out", out, "--model", name,
+                 "--ckpt", world[0] / f"{layout}-{name}", *(["--solver", solver] if solver else [])]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, arguments)])
+    sample.main()
+    frames, fps = sample.read_video(out)
+    assert frames.shape == (9, 64, 64, 3) and fps == CONFIGS[name].fps
+    assert f"{out}: 9 frames of 64x64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_files_of_any_precision_load_and_half_keeps_norms_and_time_in_fp32(precision, tmp_path):
+    kind = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
+    state = {k: v.to(kind) for k, v in random_values(WanDiT(DIT5)).state_dict().items()}
+    save_file(state, tmp_path / "dit.safetensors")
+    exact = WanDiT(DIT5)
+    done = load_weights(exact, tmp_path / "dit.safetensors")
+    assert done.precision == precision and done.layout == "native" and done.tensors == len(state)
+    assert all(torch.equal(v, state[k].float()) for k, v in exact.state_dict().items())
+    with torch.device("meta"):
+        half = WanDiT(DIT5)
+    load_weights(half, tmp_path / "dit.safetensors", dtype=torch.bfloat16)
+    for key, value in half.state_dict().items():
+        full = any(word in key for word in ("norm", "modulation", "time_", "head"))
+        assert value.dtype == (torch.float32 if full else torch.bfloat16), key
+
+
+def test_bf16_is_as_near_to_fp32_as_diffusers_bf16_is(world):
+    root, theirs = world
+    reference = theirs["wan5b"]["transformer"]
+    wan = load_model("wan5b", root / "diffusers-wan5b", dtype=torch.bfloat16)
+    x, t, context = torch.randn(1, 6, 3, 8, 8), torch.tensor([[0.0, 700.0, 700.0]]), torch.randn(1, 12, 40)
+    per_token = t.repeat_interleave(16, 1)
+    exact = reference(x, per_token, context, return_dict=False)[0]
+    half = diffusers.WanTransformer3DModel.from_pretrained(
+        root / "diffusers-wan5b/transformer", torch_dtype=torch.bfloat16
+    )
+    theirs_off = (half(x.bfloat16(), per_token, context.bfloat16(), return_dict=False)[0].float() - exact).abs()
+    ours_off = (wan.dit(x, t, context) - exact).abs()
+    assert 0 < ours_off.mean() <= theirs_off.mean() and ours_off.max() <= 1.5 * theirs_off.max()
+
+
+@pytest.mark.parametrize("suffix, shape", [("scale_weight", ()), ("weight_scale", (1,)), ("weight_scale", (80,))])
+def test_fp8_scaled_files_are_dequantised(suffix, shape, tmp_path):
+    source = random_values(WanDiT(DIT5)).state_dict()
+    state = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for key, value in source.items():
+        if key.endswith("ffn.0.weight"):
+            scale = value.abs().amax(1) / 448 if shape == (80,) else (value.abs().max() / 448).view(shape)
+            state[key] = (value / (scale[:, None] if shape == (80,) else scale)).to(torch.float8_e4m3fn)
+            state[key.removesuffix("weight") + suffix] = scale
+            state[key.removesuffix("weight") + "scale_input"] = torch.ones(1)
+        else:
+            state[key] = value
+    save_file({"model.diffusion_model." + k: v for k, v in state.items()}, tmp_path / "fp8_scaled.safetensors")
+    ours = WanDiT(DIT5)
+    assert load_weights(ours, tmp_path / "fp8_scaled.safetensors").precision == "fp32+fp8"
+    for key, value in ours.state_dict().items():
+        error = (value - source[key]).abs()
+        assert (error <= 0.07 * source[key].abs() + 1e-3).all(), key  # fp8 e4m3 has 3 bits of mantissa
+
+
+def test_loading_holds_one_tensor_at_a_time_on_the_meta_device(tmp_path):
+    """A network that starts on the meta device ends with its own memory, not the file's pages."""
+    write_shards(random_values(WanDiT(DIT5)).state_dict(), tmp_path / "shards")
+    with torch.device("meta"):
+        dit = WanDiT(DIT5)
+    done = load_weights(dit, tmp_path / "shards")
+    assert len(done.files) == 3 and not any(p.is_meta for p in dit.parameters())
+    before = {k: v.clone() for k, v in dit.state_dict().items()}
+    for file in (tmp_path / "shards").glob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert all(torch.equal(v, before[k]) for k, v in dit.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------- what is wrong
+
+
+def damage_truncate(folder):
+    file = sorted(folder.glob("diffusion*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-500])
+    return [file.name, "not a readable safetensors file"]
+
+
+def damage_no_index(folder):
+    next(folder.glob("*.index.json")).unlink()
+    return ["3 shard(s) but no *.index.json"]
+
+
+def damage_lost_shard(folder):
+    sorted(folder.glob("diffusion*.safetensors"))[2].unlink()
+    return ["1 of 3 shards are missing", "00003-of-00003"]
+
+
+def damage_broken_index(folder):
+    next(folder.glob("*.index.json")).write_text("{")
+    return ["not an index of shards"]
+
+
+def damage_extra_keys(folder):
+    file = sorted(folder.glob("diffusion*.safetensors"))[0]
+    save_file(load_file(file) | {"blocks.0.adapter.weight": torch.zeros(2)}, file)
+    return ["1 unexpected (blocks.0.adapter.weight)", "native layout"]
+
+
+def damage_types(folder):
+    file = sorted(folder.glob("diffusion*.safetensors"))[0]
+    state = load_file(file)
+    name = next(iter(state))
+    save_file(state | {name: state[name].to(torch.int8)}, file)
+    return [f"1 of another type ({name} I8)"]
+
+
+def damage_shape(folder):
+    file = sorted(folder.glob("diffusion*.safetensors"))[0]
+    state = load_file(file)
+    name = next(k for k in state if state[k].dim() == 2)
+    save_file(state | {name: torch.zeros(3, 4)}, file)
+    return [f"1 mis-shaped ({name} [3, 4], wanted"]
+
+
+class Harm:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch /tmp/ipro-code-was-run",)
+
+
+def damage_code(folder):
+    with open(folder / "Wan2.2_VAE.pth", "wb") as file:
+        pickle.dump({"encoder.conv1.weight": Harm()}, file)
+    return ["Wan2.2_VAE.pth", "could run code"]
+
+
+def damage_torn_pickle(folder):
+    file = folder / "models_t5_umt5-xxl-enc-bf16.pth"
+    file.write_bytes(file.read_bytes()[:1000])
+    return ["models_t5_umt5-xxl-enc-bf16.pth", "download it again"]
+
+
+def damage_lost_tokenizer(folder):
+    (folder / "google/umt5-xxl/tokenizer.json").unlink()
+    return ["no tokenizer.json", "hf download Wan-AI/Wan2.2-TI2V-5B"]
+
+
+def damage_wrong_vae(folder):
+    torch.save(WanVAE(VAE21).state_dict(), folder / "Wan2.2_VAE.pth")
+    return [
+        "this is a Wan VAE of 5 latent channels",
+        "a Wan VAE of 6 latent channels and decoder width 48 was asked for",
+    ]
+
+
+@pytest.mark.parametrize("damage", [v for k, v in list(globals().items()) if k.startswith("damage_")])
+def test_a_damaged_folder_is_one_clear_error(damage, tmp_native, tmp_path):
+    from pathlib import Path
+
+    words = damage(tmp_native)
+    with pytest.raises(UserError) as error:
+        load_model("wan5b", tmp_native)
+    assert all(w in str(error.value) for w in words) and "\n" not in str(error.value), error.value
+    assert not Path("/tmp/ipro-code-was-run").exists()
+
+
+def test_the_wrong_model_is_named_as_what_it_is(world, tmp_path):
+    root, _ = world
+    for path, words in (
+        (
+            root / "native-wan14b/high_noise_model",
+            "this is A14B's high-noise expert, wan5b's transformer was asked for",
+        ),
+        (root / "diffusers-wan14b/transformer_2", "this is A14B's low-noise expert"),
+        (root / "native-wan14b/Wan2.1_VAE.pth", "this is a Wan VAE"),
+        (root / "comfy-wan5b/text_encoders", "this is a UMT5 encoder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_weights(WanDiT(DIT5), path)
+    dit = WanDiT(DIT5)
+    add_lora(dit, 2)
+    save_lora(dit, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="this is a LoRA"):
+        load_weights(WanDiT(DIT5), tmp_path / "lora.safetensors")
+
+
+def test_swapped_and_doubled_experts_are_refused(world, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(world[0] / "native-wan14b", tmp_path / "twice")
+    shutil.rmtree(folder / "low_noise_model")
+    shutil.copytree(folder / "high_noise_model", folder / "low_noise_model")
+    with pytest.raises(UserError, match="the same weights"):
+        load_model("wan14b", folder)
+    shutil.rmtree(folder / "low_noise_model")
+    (folder / "low_noise_model").symlink_to(folder / "high_noise_model")
+    with pytest.raises(UserError, match="swapped"):
+        load_model("wan14b", folder)
+    comfy = shutil.copytree(world[0] / "comfy-wan14b", tmp_path / "comfy")
+    file = comfy / "diffusion_models/wan2.2_low_noise_fp16.safetensors"
+    file.rename(file.with_name("wan2.2_high_noise_copy.safetensors"))
+    with pytest.raises(UserError, match="are both A14B's high-noise expert"):
+        load_model("wan14b", comfy)
+
+
+# -------------------------------------------------------------------------------------------------------- LoRAs
+
+
+@pytest.fixture
+def tuned():
+    """A DiT, a tuned copy of it, and a function that compares another with the tuned one."""
+    torch.manual_seed(3)
+    base = random_values(WanDiT(DIT5))
+    dit = WanDiT(DIT5)
+    dit.load_state_dict(base.state_dict())
+    for p in add_lora(dit, 4, alpha=2):
+        p.data += 0.1 * torch.randn_like(p)
+    x, t, context = torch.randn(1, 6, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 12, 40)
+    assert (dit(x, t, context) - base(x, t, context)).abs().max() > 1e-2
+
+    def fresh():
+        copy = WanDiT(DIT5)
+        copy.load_state_dict(base.state_dict())
+        return copy
+
+    return fresh, dit, lambda other: float((other(x, t, context) - dit(x, t, context)).abs().max())
+
+
+def spelled(layers, style):
+    """A LoRA's tensors as other programs name and scale them."""
+    native = {"self_attn": "attn1", "cross_attn": "attn2", "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+    out = {}
+    for name, layer in layers.items():
+        down, up, alpha = layer.lora_A.detach(), layer.lora_B.detach(), torch.tensor(layer.scale * len(layer.lora_A))
+        part = name.split(".")  # blocks.0.self_attn.q
+        theirs = (
+            ".".join(native.get(p, p) for p in part).replace("ffn.0", "ffn.net.0.proj").replace("ffn.2", "ffn.net.2")
+        )
+        if style == "PEFT":
+            out |= {f"base_model.model.{theirs}.lora_A.default.weight": down,
+                    f"base_model.model.{theirs}.lora_B.default.weight": up * layer.scale}  # fmt: skip
+        elif style == "Diffusers":
+            out |= {
+                f"transformer.{theirs}.lora_A.weight": down,
+                f"transformer.{theirs}.lora_B.weight": up * layer.scale,
+            }
+        elif style == "Lightning":
+            out |= {f"diffusion_model.{name}.lora_down.weight": down, f"diffusion_model.{name}.lora_up.weight": up,
+                    f"diffusion_model.{name}.alpha": alpha}  # fmt: skip
+        elif style == "kohya":
+            name = "lora_unet_" + name.replace(".", "_")
+            out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+        else:
+            out |= {f"{name}.diff": layer.scale * up @ down, f"{name}.diff_b": torch.zeros(len(up))}
+    return out
+
+
+@pytest.mark.parametrize("style", ["PEFT", "Diffusers", "Lightning", "kohya", "diff"])
+def test_loras_of_every_spelling_merge_to_the_same_model(style, tuned, tmp_path):
+    from model import lora_layers
+
+    fresh, dit, distance = tuned
+    stray = {
+        "diffusion_model.blocks.0.cross_attn.k_img.diff": torch.zeros(48, 48),
+        "diffusion_model.img_emb.x": torch.zeros(2),
+    }
+    state = {k: v.contiguous() for k, v in spelled(lora_layers(dit), style).items()}
+    save_file(state | stray, tmp_path / "lora.safetensors")
+    model = fresh()
+    merged, unmatched = merge_lora(model, tmp_path / "lora.safetensors")
+    assert merged == 20 and unmatched == ["blocks.0.cross_attn.k_img", "img_emb.x"]
+    assert distance(model) < 1e-4
+
+
+def test_a_whole_difference_reaches_norms_and_biases(tmp_path):
+    dit = random_values(WanDiT(DIT5))
+    old = {k: v.clone() for k, v in dit.state_dict().items()}
+    state = {f"diffusion_model.blocks.1.norm3.{kind}": torch.ones(48) for kind in ("diff", "diff_b")}
+    state["diffusion_model.patch_embedding.diff"] = torch.ones(48, 6, 1, 2, 2)
+    save_file(state, tmp_path / "a.safetensors")
+    assert merge_lora(dit, tmp_path / "a.safetensors", strength=0.5) == (2, [])
+    changed = {k for k, v in dit.state_dict().items() if not torch.equal(v, old[k])}
+    assert changed == {"blocks.1.norm3.weight", "blocks.1.norm3.bias", "patch_embedding.weight"}
+    assert torch.allclose(dit.blocks[1].norm3.bias, old["blocks.1.norm3.bias"] + 0.5)
+
+
+def test_half_a_pair_and_a_foreign_size_change_nothing(tuned, tmp_path):
+    fresh, dit, _ = tuned
+    save_lora(dit, tmp_path / "lora.safetensors")
+    whole = load_file(tmp_path / "lora.safetensors")
+    name = "diffusion_model.blocks.1.ffn.2.lora_B.weight"
+    for state, words in (
+        ({k: v for k, v in whole.items() if k != name}, "half of its update"),
+        (whole | {name: torch.zeros(50, 4)}, "a LoRA of another model"),
+    ):
+        save_file(state, tmp_path / "bad.safetensors")
+        model = fresh()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(UserError, match=words):
+            merge_lora(model, tmp_path / "bad.safetensors")
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_diffusers_loads_what_we_save(tuned, world, tmp_path):
+    """Through diffusers' own reader of ComfyUI-style names, and PEFT."""
+    pytest.importorskip("peft")
+    root, theirs = world
+    wan = load_model("wan5b", root / "diffusers-wan5b", dtype=torch.float32)
+    for p in add_lora(wan.dit, 4, alpha=2):
+        p.data += 0.1 * torch.randn_like(p)
+    save_lora(wan.dit, tmp_path / "lora.safetensors")
+    state = diffusers.WanImageToVideoPipeline.lora_state_dict(str(tmp_path / "lora.safetensors"))
+    reference = diffusers.WanTransformer3DModel.from_pretrained(root / "diffusers-wan5b/transformer")
+    reference.load_lora_adapter(state, prefix="transformer")
+    x, t, context = torch.randn(1, 6, 2, 4, 4), torch.tensor([[0.0, 300.0]]), torch.randn(1, 12, 40)
+    with torch.no_grad():
+        ours = wan.dit(x, t, context)
+        expected = reference(x, t.repeat_interleave(4, 1), context, return_dict=False)[0]
+        plain = theirs["wan5b"]["transformer"](x, t.repeat_interleave(4, 1), context, return_dict=False)[0]
+    assert (ours - expected).abs().max() < 1e-4 and (ours - plain).abs().max() > 1e-2
+
+
+def test_merging_into_half_precision_rounds_once(tuned, tmp_path):
+    """W + ΔW is summed in fp32 and rounded; rounding ΔW first would lose small updates."""
+    fresh, dit, _ = tuned
+    save_lora(dit, tmp_path / "lora.safetensors")
+    exact, half = fresh(), fresh().bfloat16()
+    base = {k: v.clone() for k, v in half.state_dict().items()}
+    merge_lora(exact, tmp_path / "lora.safetensors")
+    merge_lora(half, tmp_path / "lora.safetensors")
+    key = "blocks.0.self_attn.q.weight"
+    update = exact.state_dict()[key] - fresh().state_dict()[key]
+    assert torch.equal(half.state_dict()[key], (base[key].float() + update).bfloat16())
+
+
+def test_unipc_and_euler_agree_in_the_limit(world):
+    """Two solvers of one ODE: with many steps their clips meet (a wrong coefficient would keep them apart)."""
+    root, _ = world
+    wan = load_model("wan5b", root / "native-wan5b", dtype=torch.float32)
+    first, y = condition(wan, PICTURE, 5)
+    context, noise = wan.encode_text(["a man"]), torch.randn(1, 6, 2, 4, 4)
+    fine = unipc(wan.dit, noise, first, context, 60, 5.0, y)
+    few = unipc(wan.dit, noise, first, context, 15, 5.0, y)
+    euler = rollout(wan.dit, noise, first, context, sigmas(240, 5.0), y=y)[0]
+    span = (fine - noise).abs().mean()
+    assert (fine - euler).abs().mean() < 0.02 * span
+    assert (few - fine).abs().mean() < 0.05 * span
