@@ -34,8 +34,9 @@ class Clips:
     """A split of the training set that `python data.py` made, on `device`.
 
     len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w], context [B, L, text_dim] (zero-padded), caption (a
-    list), and pool [B, F, 512] with pool_mask [B, F] bool, or latent [B, z, F', h, w] where the set was made with
-    --latents; `video(row)` gives the true clip, uint8 [F, H, W, 3]. UserError where the folder is no such set.
+    list), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or latent
+    [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8 [F, H, W, 3].
+    UserError where the folder is no such set.
     """
 
     def __init__(self, folder, split, device="cpu"):
@@ -60,6 +61,11 @@ class Clips:
     def batch(self, rows):
         cached = [load_file(self.folder / self.rows[r]["cache"]) for r in rows]
         length = max(c["context"].shape[0] for c in cached)
+        if cached[0].get("pool", torch.empty(0)).dim() == 3:  # clips of one person among clips of several
+            most = max(len(c["pool"]) for c in cached)
+            for c in cached:
+                c["pool"] = F.pad(c["pool"], (0, 0, 0, 0, 0, most - len(c["pool"])))
+                c["pool_mask"] = F.pad(c["pool_mask"], (0, 0, 0, most - len(c["pool_mask"])))
         batch = {
             "context": torch.stack([F.pad(c["context"].float(), (0, 0, 0, length - len(c["context"]))) for c in cached])
         }
@@ -83,12 +89,14 @@ class DataOptions:
     out: str = option("", "folder to make")
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    faces: str = option(str(ASSETS), "folder with detector.onnx and arcface.safetensors")
+    faces: str = option(str(ASSETS), "folder with a face detector and encoder, e.g. antelopev2")
     frames: int | None = option(None, "frames of a clip, 4n+1, counted from its start; default: the preset's")
     size: tuple[int, int] | None = option(None, "HxW in pixels, covered and centre-cropped; default: the preset's")
     max_face: float = option(100.0, "largest side in pixels that a clip's largest face may have in any frame")
     coverage: float = option(0.4, "smallest share of frames that show a face")
-    people: int = option(1, "most faces that may be seen at once (a second in under a tenth of the frames is let pass)")
+    people: int = option(
+        1, "most people of a clip (one more in under a tenth of the frames is let pass); each has a pool"
+    )
     split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
     latents: bool = option(False, "cache whole clips' latents, for --objective sft, instead of looking for faces")
 
@@ -126,9 +134,10 @@ def pool_of(reward, video, options):
         raise Refused(f"a face of {side:.0f} px, at most {options.max_face:.0f} are allowed")
     if crowd > 0.1:
         raise Refused(f"more than {options.people} face(s) in {crowd:.0%} of the frames")
-    return dict(pool=info["embeddings"][0], pool_mask=seen.byte()), dict(
-        coverage=round(coverage, 3), face=round(side, 1)
-    )
+    pool, mask = info["embeddings"][0], seen
+    if options.people > 1:
+        pool, mask = reward.identities(video, options.people)
+    return dict(pool=pool, pool_mask=mask.byte()), dict(coverage=round(coverage, 3), face=round(side, 1))
 
 
 @torch.no_grad()

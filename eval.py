@@ -33,23 +33,31 @@ class EvalOptions:
     lora: str = option("out/lora.safetensors", "the tuned model's LoRA")
     data: str = option(str(ASSETS / "data"), "folder that data.py made")
     out: str = option("eval", "folder for eval.json and eval.mp4")
-    faces: str = option(str(ASSETS), "folder with detector.onnx and arcface.safetensors")
+    faces: str = option(str(ASSETS), "folder with a face detector and encoder")
+    judge: str = option("", "folder with a second detector and encoder, for its own FaceSim, e.g. buffalo_l")
     clips: int = option(60, "held-out clips to sample")
     seeds: int = option(1, "samples of each clip, with different noise")
     sampling_steps: int = option(8, "Euler steps of a sample")
 
 
 @torch.no_grad()
-def references(wan, reward, clips, rows):
+def references(wan, reward, clips, rows, judge=None):
     """Metrics of the true clips and of the true clips through the VAE."""
     true, coded = [], []
+
+    def measure(frames, video, image):
+        metrics = clip_metrics(frames, reward.look(video), reward.look(image))
+        if judge is not None:
+            metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
+        return metrics
+
     for row in tqdm(rows, desc="VAE ceiling", leave=False):
         frames = clips.video(row)
         video = to_tensor(frames).to(clips.device)
-        image = reward.look(video[:, :, :1])
-        true.append(clip_metrics(frames, reward.look(video), image))
+        image = video[:, :, :1]
+        true.append(measure(frames, video, image))
         video = wan.vae.decode(wan.vae.encode(video)).float()
-        coded.append(clip_metrics(to_frames(video), reward.look(video), image))
+        coded.append(measure(to_frames(video), video, image))
     return true, coded
 
 
@@ -65,15 +73,16 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wan = load_model(options.model, options.ckpt, device)
     reward = FaceReward.from_folder(options.faces, device)
+    judge = FaceReward.from_folder(options.judge, device) if options.judge else None
     clips = Clips(options.data, "heldout", device)
     rows = clips.spread(options.clips)
-    true, coded = references(wan, reward, clips, rows)
+    true, coded = references(wan, reward, clips, rows, judge)
     results, videos = {"true clip": true, "VAE": coded, "base": [], "LoRA": []}, {}
     for name in ("base", "LoRA"):
         if name == "LoRA":
-            merge_lora(wan.dit, options.lora)
+            print(f"{options.lora}: merged into {merge_lora(wan.dit, options.lora).merged} layers")
         for seed in range(options.seeds):
-            measured, sampled = held_out(wan, reward, clips, rows, options.sampling_steps, seed)
+            measured, sampled = held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
             results[name] += measured
             videos.setdefault(name, sampled)
     out.mkdir(parents=True, exist_ok=True)

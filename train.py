@@ -10,6 +10,7 @@ model. Everything lands in --out: lora.safetensors, log.jsonl, curves.png, befor
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -55,7 +56,7 @@ class TrainOptions:
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
     data: str = option(str(ASSETS / "data"), "folder that data.py made: train and heldout clips")
     out: str = option("out", "folder of the run")
-    faces: str = option(str(ASSETS), "folder with detector.onnx and arcface.safetensors, the reward's networks")
+    faces: str = option(str(ASSETS), "folder with a face detector and encoder, the reward's, e.g. antelopev2")
     objective: str = option("ipro", "ipro: reward on own samples; sft: flow matching on the true clips")
     steps: int = option(40, "optimisation steps")
     batch: int = option(4, "clips a step")
@@ -69,7 +70,14 @@ class TrainOptions:
     reward_weight: float = option(0.1, "w_R, weight of the face reward")
     kl_weight: float = option(1.0, "w_KL, weight of the velocity KL to the untuned model")
     kl_weighting: str = option("sigma", "of the KL over steps: sigma, dt or uniform")
+    reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
     fsm: str = option("pool", "what generated faces are compared with: pool, first or aligned")
+    people: str = option("largest", "whose faces are scored: largest, or all (each person against their own pool)")
+    pool_first: bool = option(True, "is the true clip's frame 0 in the pool?")
+    score_first: bool = option(True, "is the generated frame 0, which is given, scored?")
+    min_face: float = option(0.0, "pixels; a smaller face counts in proportion to its size; 0 = all count the same")
+    min_score: float = option(0.0, "in 0..1; a face that the detector is less sure of counts less; 0 = as any other")
+    judge: str = option("", "folder with a second detector and encoder, which only watches, e.g. buffalo_l")
     eval_clips: int = option(24, "held-out clips sampled before and after, with fixed noise")
     save_every: int = option(20, "steps between checkpoints that --resume can continue from")
     seed: int = option(0, "of data order, noise and LoRA")
@@ -95,23 +103,31 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def ipro_step(wan, reward, batch, options, sigma, noise):
+def ipro_step(wan, reward, batch, options, sigma, noise, judged=lambda b, video: None):
     """Accumulate the gradient of  -w_R mean R + w_KL mean_i KL_i  (IPRO's objective); returns what to log.
 
-    batch: `Clips.batch`; sigma [N+1]; noise [B, C, F', h, w]. A sample that shows no face adds its KL only.
+    batch: `Clips.batch`; sigma [N+1]; noise [B, C, F', h, w]; judged(b, video): a second opinion on clip b, to log.
+    A sample that shows no face adds its KL only.
     """
     first, context, size = batch["first"], batch["context"], len(noise)
+    pool, pool_mask = batch["pool"], batch["pool_mask"]
+    if options.people == "largest" and pool.dim() == 4:
+        pool, pool_mask = pool[:, 0], pool_mask[:, 0]
     with autocast(noise.device):
         latents = rollout(wan.dit, noise, first, context, sigma, options.window)
-    scores, metrics, grads = [], [], []
+    scores, metrics, grads, opinions = [], [], [], []
     for b in range(size):  # one clip's decoder graph at a time
         x = latents[-1][b : b + 1].clone().requires_grad_()
         with autocast(noise.device):
             video = wan.vae.decode(x).float()
-        score, info = reward.score(video, batch["pool"][b : b + 1], batch["pool_mask"][b : b + 1], options.fsm)
+        score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm)
         # g = d(-w_R R)/dx_N; the decoder's and the face network's graph is freed here
-        grads.append(torch.autograd.grad(-options.reward_weight * score.sum() / size, x)[0])
+        (grad,) = torch.autograd.grad(-options.reward_weight * score.sum() / size, x)
+        if options.reward_clip:
+            grad = grad * (options.reward_clip / (size * grad.norm()).clamp(min=1e-12)).clamp(max=1)
+        grads.append(grad)
         scores.append(None if info["missing"] else float(score.detach()))
+        opinions.append(judged(b, video.detach()))
         metrics.append(clip_metrics(to_frames(video.detach()), info))
     kls = []
 
@@ -126,8 +142,10 @@ def ipro_step(wan, reward, batch, options, sigma, noise):
         window_backward(wan.dit, latents, sigma, context, torch.cat(grads), penalty)
     seen = [s for s in scores if s is not None]
     motion = [m["motion"] for m in metrics if m["motion"] is not None]
+    opinions = [o for o in opinions if o is not None]
     return dict(
         reward=float(np.mean(seen)) if seen else None,
+        **(dict(judge=float(np.mean(opinions))) if opinions else {}),
         missing=scores.count(None),
         face_rate=float(np.mean([m["face_rate"] for m in metrics])),
         kl=float(np.mean(kls)),
@@ -153,9 +171,27 @@ def sft_step(wan, batch, options, noise, u):
     return dict(loss=float(loss))
 
 
+class Judge:
+    """A second face reward that only watches: the score that it would have given, so that hacking shows."""
+
+    def __init__(self, folder, clips, device):
+        self.reward, self.clips, self.pools = FaceReward.from_folder(folder, device), clips, {}
+
+    @torch.no_grad()
+    def __call__(self, row, video):
+        if row not in self.pools:
+            true = self.reward.look(to_tensor(self.clips.video(row)).to(video.device))
+            self.pools[row] = true["embeddings"].cpu(), true["mask"].cpu()
+        score, info = self.reward.score(video, *(x.to(video.device) for x in self.pools[row]))
+        return None if info["missing"] else float(score)
+
+
 @torch.no_grad()
-def held_out(wan, reward, clips, rows, steps, seed=0):
-    """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos."""
+def held_out(wan, reward, clips, rows, steps, seed=0, judge=None):
+    """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos.
+
+    judge: a second FaceReward, whose FaceSim is reported beside the first's as `judge`.
+    """
     schedule = sigmas(steps, wan.preset.shift)
     results, videos = [], []
     for row in tqdm(rows, desc="held-out clips", leave=False):
@@ -166,23 +202,32 @@ def held_out(wan, reward, clips, rows, steps, seed=0):
             (latent,) = rollout(wan.dit, noise, batch["first"], batch["context"], schedule)
             video = wan.vae.decode(latent).float()
         image = to_tensor(clips.video(row)[:1])
+        image = image.to(noise.device)
         results.append(clip_metrics(to_frames(video), reward.look(video), reward.look(image)))
+        if judge is not None:
+            opinion = clip_metrics(to_frames(video), judge.look(video), judge.look(image))
+            results[-1]["judge"] = opinion["facesim"]
         videos.append(to_frames(video))
     return results, videos
 
 
 def summary(results):
     """Means over clips of FaceSim, face rate, motion and TF; a metric that a clip lacks is left out of its mean."""
-    names = ("facesim", "face_rate", "motion", "tf")
-    values = {n: [r[n] for r in results if r[n] is not None] for n in names}
+    values = {n: [r[n] for r in results if r[n] is not None] for n in results[0]}
     return {n: float(np.mean(v)) if v else float("nan") for n, v in values.items()}
+
+
+COLUMNS = dict(
+    facesim=("FaceSim", 3), judge=("judge's", 3), face_rate=("face rate", 3), motion=("motion", 4), tf=("TF", 4)
+)
 
 
 def table(rows):
     """Rows of (name, summary) as text."""
-    lines = [f"{'':12}{'FaceSim':>9}{'face rate':>11}{'motion':>9}{'TF':>9}"]
+    shown = {n: c for n, c in COLUMNS.items() if n in rows[0][1]}
+    lines = [f"{'':12}" + "".join(f"{title:>11}" for title, _ in shown.values())]
     for name, s in rows:
-        lines.append(f"{name:12}{s['facesim']:9.3f}{s['face_rate']:11.3f}{s['motion']:9.4f}{s['tf']:9.4f}")
+        lines.append(f"{name:12}" + "".join(f"{s[n]:11.{digits}f}" for n, (_, digits) in shown.items()))
     return "\n".join(lines)
 
 
@@ -198,10 +243,13 @@ def draw_curves(log, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, name, colour in zip(axes, ("reward", "kl"), ("tab:blue", "tab:red")):
-        points = [(r["step"], r[name]) for r in log if r.get(name) is not None]
-        axis.plot(*zip(*points) if points else ([], []), color=colour, marker=".")
-        axis.set(xlabel="step", title={"reward": "reward (FSM)", "kl": "velocity KL"}[name])
+    for axis, names, title in zip(axes, (("reward", "judge"), ("kl",)), ("reward (FSM)", "velocity KL")):
+        for name in names:
+            points = [(r["step"], r[name]) for r in log if r.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points), marker=".", label=name)
+        axis.set(xlabel="step", title=title)
+        axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -211,7 +259,8 @@ def check(options):
     """Refuse what cannot work before anything is loaded or written."""
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    choices = dict(objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"))
+    choices = dict(objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"),
+                   people=("largest", "all"))  # fmt: skip
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
@@ -245,10 +294,15 @@ def main():
     clips = Clips(options.data, "train", device)
     out = Path(options.out)
     if ipro:
-        reward = FaceReward.from_folder(options.faces, device)
+        guards = {k: getattr(options, k) for k in ("pool_first", "score_first", "min_face", "min_score")}
+        reward = FaceReward.from_folder(options.faces, device, **guards)
+        print(f"face detector on {reward.detector.provider}")
+        judge = Judge(options.judge, clips, device) if options.judge else None
         unseen = Clips(options.data, "heldout", device)
         rows = unseen.spread(options.eval_clips)
-        before, videos_before = held_out(wan, reward, unseen, rows, options.sampling_steps)
+        measure = functools.partial(held_out, wan, reward, unseen, rows, options.sampling_steps,
+                                    judge=judge.reward if judge else None)  # fmt: skip
+        before, videos_before = measure()
         print(table([("before", summary(before))]), flush=True)
     if options.lora_rank:
         parameters = add_lora(wan.dit, options.lora_rank)
@@ -276,12 +330,13 @@ def main():
         bar = tqdm(range(start, options.steps), initial=start, total=options.steps, desc=options.objective)
         for step in bar:
             begin = time.perf_counter()
-            batch, _ = batch_at(clips, options, step)
+            batch, chosen = batch_at(clips, options, step)
             noise = torch.stack([noise_like(shape, options.seed, step, k) for k in range(options.batch)]).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, step)
             if ipro:
-                row = ipro_step(wan, reward, batch, options, schedule, noise)
+                judged = (lambda b, video, chosen=chosen: judge(chosen[b], video)) if judge else (lambda *_: None)
+                row = ipro_step(wan, reward, batch, options, schedule, noise, judged)
             else:
                 u = torch.from_numpy(np.random.default_rng([options.seed, step]).random(options.batch)).float()
                 row = sft_step(wan, batch, options, noise, u.to(device))
@@ -304,7 +359,7 @@ def main():
     if not ipro:
         return
     draw_curves(log, out / "curves.png")
-    after, videos_after = held_out(wan, reward, unseen, rows, options.sampling_steps)
+    after, videos_after = measure()
     inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(rows, videos_before)]
     shown = side_by_side([inputs, videos_before, videos_after], range(min(6, len(rows))))
     write_video(out / "before_after.mp4", shown, wan.preset.fps)
