@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -547,8 +548,20 @@ class WanVAE(nn.Module):
         x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, 3, F, H/p, p, W/p, p]
         return x.flatten(5, 6).flatten(3, 4), caches
 
-    def decode(self, latent):
-        return self.decode_chunk(latent)[0]
+    def decode(self, latent, frames=None):
+        """Pixels [B, 3, F, H, W] of a latent [B, z, F', h, w].
+
+        `frames`: how many latent frames are in work at a time (None: all). Their activations are then recomputed in
+        the backward pass, so that memory holds one chunk's, the caches and the pixels whatever the clip's length is.
+        """
+        caches, video = None, []
+        for part in latent.split(frames or latent.shape[2], 2):
+            if frames and torch.is_grad_enabled():
+                pixels, caches = checkpoint(self.decode_chunk, part, caches, use_reentrant=False)
+            else:
+                pixels, caches = self.decode_chunk(part, caches)
+            video.append(pixels)
+        return torch.cat(video, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -673,7 +686,7 @@ class WanDiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.checkpointing = cfg, False  # checkpointing: recompute each block in the backward pass
         dim = cfg.dim
         self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, cfg.patch_size, stride=cfg.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -721,7 +734,10 @@ class WanDiT(nn.Module):
         context = self.text_embedding(context)
         rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device)
         for block in self.blocks:
-            x = block(x, modulation, rope, context)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, rope, context, use_reentrant=False)
+            else:
+                x = block(x, modulation, rope, context)
         x = self.head(x, e).view(B, *grid, *p, cfg.out_dim)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, cfg.out_dim, *size)
 

@@ -184,9 +184,8 @@ def evaluate(vae, clips, count=60):
     square = torch.zeros(17)
     for i in index:
         video = torch.from_numpy(np.array(clips[i])).transpose(0, 1)[None].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
-            output = vae.decode(vae.encode(video))
-        square += (output.float().clamp(-1, 1) - video).div(2).square().mean((0, 1, 3, 4)) / count
+        output = vae.decode(vae.encode(video))
+        square += (output.clamp(-1, 1) - video).div(2).square().mean((0, 1, 3, 4)) / count
     decibels = [round(float(-10 * torch.log10(x)), 2) for x in (square[1:].mean(), square.mean())]
     by_frame = [round(float(x), 1) for x in -10 * torch.log10(square)]
     return dict(psnr=decibels[0], psnr_all_frames=decibels[1], by_frame=by_frame)
