@@ -60,7 +60,8 @@ class TrainOptions:
     objective: str = option("ipro", "ipro: reward on own samples; sft: flow matching on the true clips")
     steps: int = option(40, "optimisation steps")
     batch: int = option(4, "clips a step")
-    lr: float = option(1e-3, "Adam's learning rate")
+    lr: float = option(1e-3, "learning rate")
+    optimizer: str = option("adam", "adam, or muon: Muon for the blocks' matrices and Adam for the rest, from scratch")
     warmup: int = option(5, "steps over which the learning rate rises to lr")
     decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0")
     grad_clip: float = option(1.0, "largest norm of a step's gradient")
@@ -87,6 +88,22 @@ class TrainOptions:
 def learning_rate(options, step):
     end = options.steps * options.decay
     return options.lr * min(1, (step + 1) / max(1, options.warmup), (options.steps - step) / max(1, end))
+
+
+def optimizers(options, model):
+    """The optimizers of a model's trainable parameters: Adam, and with `muon` Muon before it.
+
+    Muon (arXiv 2502.16982) takes the blocks' matrices, its updates scaled to the size of Adam's, so that one learning
+    rate serves both.
+    """
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = {n for n, p in named.items() if options.optimizer == "muon" and n.startswith("blocks.") and p.dim() == 2}
+    rest = [p for n, p in named.items() if n not in matrices]
+    found = [torch.optim.Adam(rest, lr=options.lr, betas=(0.9, 0.99 if matrices else 0.999))]
+    if matrices:
+        kernels = [named[n] for n in sorted(matrices)]
+        found.insert(0, torch.optim.Muon(kernels, options.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    return found
 
 
 def batch_at(clips, options, step):
@@ -259,8 +276,8 @@ def check(options):
     """Refuse what cannot work before anything is loaded or written."""
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    choices = dict(objective=("ipro", "sft"), kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"),
-                   people=("largest", "all"))  # fmt: skip
+    choices = dict(objective=("ipro", "sft"), optimizer=("adam", "muon"), people=("largest", "all"),
+                   kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"))  # fmt: skip
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
@@ -308,7 +325,7 @@ def main():
         parameters = add_lora(wan.dit, options.lora_rank)
     else:
         parameters = list(wan.dit.requires_grad_(True).parameters())
-    optimizer = torch.optim.Adam(parameters, lr=options.lr)
+    steppers = optimizers(options, wan.dit)
 
     out.mkdir(parents=True, exist_ok=True)
     saved = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
@@ -319,7 +336,8 @@ def main():
         with torch.no_grad():
             for p, value in zip(parameters, state["parameters"]):
                 p.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, value in zip(steppers, state["optimizers"]):
+            optimizer.load_state_dict(value)
         start, log = state["step"], state["log"]
 
     shape = wan.preset.dit.out_dim, *latent_size(wan.preset, wan.preset.frames, wan.preset.size)
@@ -332,23 +350,25 @@ def main():
             begin = time.perf_counter()
             batch, chosen = batch_at(clips, options, step)
             noise = torch.stack([noise_like(shape, options.seed, step, k) for k in range(options.batch)]).to(device)
-            for group in optimizer.param_groups:
+            for group in (g for optimizer in steppers for g in optimizer.param_groups):
                 group["lr"] = learning_rate(options, step)
             if ipro:
                 judged = (lambda b, video, chosen=chosen: judge(chosen[b], video)) if judge else (lambda *_: None)
                 row = ipro_step(wan, reward, batch, options, schedule, noise, judged)
             else:
-                u = torch.from_numpy(np.random.default_rng([options.seed, step]).random(options.batch)).float()
+                u = np.random.default_rng([options.seed, step]).random(options.batch)
+                u = torch.from_numpy((np.arange(options.batch) + u) / options.batch).float()  # stratified
                 row = sft_step(wan, batch, options, noise, u.to(device))
             row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip))
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in steppers:
+                optimizer.step()
+                optimizer.zero_grad()
             row = dict(step=step, **row, seconds=round(time.perf_counter() - begin, 3))
             log.append(row)
             print(json.dumps(row), file=file, flush=True)
             bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "kl", "loss") if row.get(k) is not None})
             if (step + 1) % options.save_every == 0:
-                state = dict(parameters=[p.detach() for p in parameters], optimizer=optimizer.state_dict())
+                state = dict(parameters=[p.detach() for p in parameters], optimizers=[o.state_dict() for o in steppers])
                 torch.save(dict(state, step=step + 1, log=log), out / "state.part")
                 os.replace(out / "state.part", out / "state.pt")
 
