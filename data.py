@@ -5,7 +5,7 @@
 CLIPS holds videos with their captions beside them (a.mp4, a.txt); sub-folders `train` and `heldout`, where there
 are such, say which clips are never trained on, otherwise --split holds a share out. DIR receives index.jsonl (a
 line a kept clip), rejected.jsonl (a line a refused clip, with the reason) and cache/*.safetensors (per clip: the
-pool of face embeddings, the first frame's latent, the prompt's context). train.py and eval.py read DIR only.
+pool of face embeddings, the first frame's latent or A14B's y, the prompt's context). train.py and eval.py read it.
 
 The paper's filters (arXiv 2510.14255): the largest face at most 100 px a side in every frame, a face in at least
 40 % of the frames; the embedding of every frame with a face is kept: they are the pool that FSM compares with.
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from model import ASSETS, CONFIGS, UserError, load_model, write_safetensors
 from reward import FaceReward
-from sample import fit, latent_size, option, parse_options, read_video, run, to_tensor
+from sample import condition, fit, latent_size, option, parse_options, read_video, run, to_frames, to_tensor
 
 SPLITS = ("train", "heldout")
 
@@ -33,10 +34,11 @@ SPLITS = ("train", "heldout")
 class Clips:
     """A split of the training set that `python data.py` made, on `device`.
 
-    len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w], context [B, L, text_dim] (zero-padded), caption (a
-    list), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or latent
-    [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8 [F, H, W, 3].
-    UserError where the folder is no such set.
+    len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w] (A14B: y [B, 4 + z, F', h, w]), context
+    [B, L, text_dim] (zero-padded), caption (a list), row (the clips' numbers: one that cannot be read is told of, and
+    the next stands in for it), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or
+    latent [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8
+    [F, H, W, 3]. UserError where the folder is no such set.
     """
 
     def __init__(self, folder, split, device="cpu"):
@@ -58,8 +60,23 @@ class Clips:
         """At most `count` row numbers, evenly spread, so that they cover as many identities as they can."""
         return sorted({int(i) for i in np.linspace(0, len(self) - 1, min(count, len(self))).round()})
 
+    def latent_shape(self, preset, row):
+        """(z, F', h, w) of a clip's latent."""
+        row = self.rows[row]
+        return preset.dit.out_dim, *latent_size(preset, row["frames"], tuple(row["size"]))
+
+    def read(self, row):
+        """What is cached of the first clip from `row` on that can be read, and its number."""
+        for r in range(row, row + len(self)):
+            path = self.folder / self.rows[r % len(self)]["cache"]
+            try:
+                return load_file(path), r % len(self)
+            except (OSError, SafetensorError) as error:
+                print(f"{path}: not readable ({error}); the next clip stands in for it", flush=True)
+        raise UserError(f"--data {self.folder}: none of its clips can be read; make it again with data.py")
+
     def batch(self, rows):
-        cached = [load_file(self.folder / self.rows[r]["cache"]) for r in rows]
+        cached, rows = zip(*map(self.read, rows))
         length = max(c["context"].shape[0] for c in cached)
         if cached[0].get("pool", torch.empty(0)).dim() == 3:  # clips of one person among clips of several
             most = max(len(c["pool"]) for c in cached)
@@ -74,7 +91,7 @@ class Clips:
         if "pool_mask" in cached[0]:
             batch["pool_mask"] = torch.stack([c["pool_mask"].bool() for c in cached])
         batch = {name: value.to(self.device) for name, value in batch.items()}
-        batch["caption"] = [self.rows[r]["caption"] for r in rows]
+        batch |= dict(row=list(rows), caption=[self.rows[r]["caption"] for r in rows])
         return batch
 
     def video(self, row):
@@ -154,11 +171,12 @@ def prepare(wan, reward, path, options, frames, size):
     if options.latents:
         with torch.autocast(video.device.type, torch.bfloat16):  # off by 1.5 % of their size, in half the time
             tensors["latent"] = wan.vae.encode(video)[0].float()
-        tensors["first"] = tensors["latent"][:, :1]  # the VAE is causal: a clip's first frame is coded alone
     else:
         faces, about = pool_of(reward, video, options)
-        tensors |= faces | dict(first=wan.vae.encode(video[:, :, :1])[0])
+        tensors |= faces
         row |= about
+    first, y = condition(wan, to_frames(video[:, :, :1])[0], frames)
+    tensors |= dict(first=first[0]) if y is None else dict(y=y[0])
     return row, {k: v.half().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()}
 
 

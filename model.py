@@ -244,7 +244,7 @@ class UMT5(nn.Module):
 
     def forward(self, ids, mask):
         x = self.token_embedding(ids)
-        blocked = (mask[:, None, None] == 0) * torch.finfo(x.dtype).min  # [B, 1, 1, L]
+        blocked = (mask[:, None, None] == 0).type_as(x) * torch.finfo(x.dtype).min  # [B, 1, 1, L]
         for block in self.blocks:
             x = block(x, blocked)
         return self.norm(x) * mask[..., None].type_as(x)
@@ -253,12 +253,15 @@ class UMT5(nn.Module):
 def tokenize(prompts, tokenizer, text_len):
     """Prompts (a list of strings) to `ids` and `mask`, both [B, text_len].
 
-    Cleaned as the reference does (HTML entities, white space). Raises UserError where a prompt is longer than
-    `text_len` tokens: cutting it silently would drop what it says last.
+    Cleaned as the reference does (HTML entities, white space, typographic quotes; text of a broken encoding, which
+    the reference's ftfy also repairs, is not). Raises UserError where a prompt is longer than `text_len` tokens:
+    cutting it silently would drop what it says last.
     """
     ids, mask = torch.zeros(2, len(prompts), text_len, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        clean = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+        clean = html.unescape(html.unescape(prompt))
+        clean = re.sub("[\u201c-\u201f]", '"', re.sub("[\u02bc\u2018-\u201b]", "'", clean))
+        clean = re.sub(r"\s+", " ", clean).strip()
         tokens = tokenizer.encode(clean).ids
         if len(tokens) > text_len:
             raise UserError(f"prompt is {len(tokens)} tokens, the model reads {text_len}; shorten: {clean[:60]!r}...")
@@ -289,6 +292,29 @@ class Carry:
         return past
 
 
+class FrozenConv(torch.autograd.Function):
+    """A convolution with constant weights, which the gradient needs; autograd would keep the input as well."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding):
+        ctx.save_for_backward(weight)
+        ctx.size, ctx.dtype, ctx.padding = x.shape, x.dtype, padding
+        return (F.conv2d if x.dim() == 4 else F.conv3d)(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight = ctx.saved_tensors[0].type_as(grad)
+        backward = nn.grad.conv2d_input if grad.dim() == 4 else nn.grad.conv3d_input
+        return backward(ctx.size, weight, grad, padding=ctx.padding).to(ctx.dtype), None, None, None
+
+
+def conv(x, weight, bias, padding):
+    """A stride-1 convolution of frames [B, C, H, W] or clips [B, C, T, H, W]."""
+    if x.requires_grad and not weight.requires_grad:
+        return FrozenConv.apply(x, weight, bias, padding)
+    return (F.conv2d if x.dim() == 4 else F.conv3d)(x, weight, bias, padding=padding)
+
+
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees no future: x [B, C, T, H, W], `past` its last kernel-1 frames or None (zeros)."""
 
@@ -296,12 +322,12 @@ class CausalConv3d(nn.Conv3d):
         kernel_t = self.kernel_size[0]
         pad = (self.kernel_size[2] // 2,) * 2 + (self.kernel_size[1] // 2,) * 2
         if x.shape[2] == 1 and past is None:  # before the first frame all is zero: only the last tap counts (3x)
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=pad[::2][::-1])[:, :, None]
+            return conv(x[:, :, 0], self.weight[:, :, -1], self.bias, pad[::2][::-1])[:, :, None]
         if past is not None:
             x = torch.cat([past.type_as(x), x], 2)
         elif kernel_t > 1:
             x = F.pad(x, (0, 0, 0, 0, kernel_t - 1, 0))
-        return F.conv3d(x, self.weight, self.bias, self.stride, (0, *pad[::2][::-1]))
+        return conv(x, self.weight, self.bias, (0, *pad[::2][::-1]))
 
 
 class RMS_norm(nn.Module):
@@ -312,6 +338,23 @@ class RMS_norm(nn.Module):
     def forward(self, x):
         scale = full_precision(x).square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()  # 3x F.normalize's speed
         return x * scale.type_as(x) * (self.scale * self.gamma).type_as(x)
+
+
+class NormSiLU(torch.autograd.Function):
+    """RMS_norm with constant weights, then SiLU: keeps x only, where autograd keeps two more tensors of its size."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        scale = full_precision(x).square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()
+        ctx.save_for_backward(x, scale, weight)
+        return F.silu(x * scale.type_as(x) * weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, weight = ctx.saved_tensors
+        grad = torch.ops.aten.silu_backward(grad, x * scale.type_as(x) * weight) * weight
+        along = (full_precision(grad) * x).sum(1, keepdim=True) * scale**3
+        return grad * scale.type_as(x) - x * along.type_as(x), None
 
 
 class ResidualBlock(nn.Module):
@@ -328,9 +371,14 @@ class ResidualBlock(nn.Module):
 
 
 def causal(layers, x, carry):
-    """Run layers of which the causal ones take their past from `carry`."""
+    """Run norms, each with the SiLU after it, and convolutions, which take their past from `carry`."""
     for layer in layers:
-        x = layer(x, carry.step(x, 2)) if isinstance(layer, CausalConv3d) else layer(x)
+        if isinstance(layer, CausalConv3d):
+            x = layer(x, carry.step(x, 2))
+        elif isinstance(layer, RMS_norm) and x.requires_grad and not layer.gamma.requires_grad:
+            x = NormSiLU.apply(x, (layer.scale * layer.gamma).type_as(x))
+        elif isinstance(layer, RMS_norm):
+            x = F.silu(layer(x))
     return x
 
 
@@ -377,14 +425,20 @@ class Resample(nn.Module):
                 rest = rest.movedim(1, 3).flatten(2, 3)  # a frame's two halves become neighbours in time
             x = torch.cat([first, rest], 2)
         B, T = x.shape[0], x.shape[2]
-        x = self.resample(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (B, T)).transpose(1, 2)
+        x = x.transpose(1, 2).flatten(0, 1)
+        if self.mode.startswith("up"):
+            layer = self.resample[1]
+            x = conv(self.resample[0](x), layer.weight, layer.bias, layer.padding)
+        else:
+            x = self.resample(x)
+        x = x.unflatten(0, (B, T)).transpose(1, 2)
         if self.mode == "downsample3d":
             past = carry.step(x, 1)
             first = x[:, :, :1] if past is None else x[:, :, :0]
             rest = x if past is None else torch.cat([past, x], 2)
             if rest.shape[2] > 1:
-                conv = self.time_conv
-                first = torch.cat([first, F.conv3d(rest, conv.weight, conv.bias, conv.stride)], 2)
+                layer = self.time_conv
+                first = torch.cat([first, F.conv3d(rest, layer.weight, layer.bias, layer.stride)], 2)
             x = first
         return x
 
@@ -548,20 +602,114 @@ class WanVAE(nn.Module):
         x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, 3, F, H/p, p, W/p, p]
         return x.flatten(5, 6).flatten(3, 4), caches
 
-    def decode(self, latent, frames=None):
+    def decode_frames(self, latent, caches=None):
+        """`decode_chunk` of one latent frame after the other: only a frame's activations are in work."""
+        video = []
+        for part in latent.split(1, 2):
+            pixels, caches = self.decode_chunk(part, caches)
+            video.append(pixels)
+        return torch.cat(video, 2), caches
+
+    def decode(self, latent, frames=None, margin=None):
         """Pixels [B, 3, F, H, W] of a latent [B, z, F', h, w].
 
-        `frames`: how many latent frames are in work at a time (None: all). Their activations are then recomputed in
-        the backward pass, so that memory holds one chunk's, the caches and the pixels whatever the clip's length is.
+        `frames`: how many latent frames have a graph at a time (None: all); `margin`: latent cells around the faces
+        that the gradient is kept in (None: all). With either, the weights are constants: see the two classes below.
         """
+        if margin is not None:
+            return WindowedDecode.apply(latent, self, frames, margin)
+        return self.decode_chunk(latent)[0] if frames is None else StreamedDecode.apply(latent, self, frames)
+
+
+class StreamedDecode(torch.autograd.Function):
+    """WanVAE.decode with one group of `frames` latent frames' graph alive at a time; exactly its gradient.
+
+    Forward goes frame by frame and keeps the caches where groups meet and the last group's graph. Backward takes the
+    groups from last to first, each decoded again: (gradient at its pixels, at the caches it leaves) to (gradient at
+    its latents, at the caches it found). A cache holds half of what a frame's graph does, so sqrt(F'/2) is best.
+    """
+
+    @staticmethod
+    def forward(ctx, latent, vae, frames):
+        ctx.vae, ctx.groups = vae, []
+        ctx.autocast = torch.get_autocast_dtype(latent.device.type), torch.is_autocast_enabled(latent.device.type)
+        *parts, last = latent.split(frames, 2)
         caches, video = None, []
-        for part in latent.split(frames or latent.shape[2], 2):
-            if frames and torch.is_grad_enabled():
-                pixels, caches = checkpoint(self.decode_chunk, part, caches, use_reentrant=False)
-            else:
-                pixels, caches = self.decode_chunk(part, caches)
+        for part in parts:
+            ctx.groups.append((part, caches))
+            pixels, caches = vae.decode_frames(part, caches)
             video.append(pixels)
-        return torch.cat(video, 2)
+        if not ctx.needs_input_grad[0]:
+            ctx.groups = None
+            return torch.cat([*video, vae.decode_frames(last, caches)[0]], 2)
+        ctx.last = StreamedDecode.graph(vae, last, caches)
+        return torch.cat([*video, ctx.last[1][0].detach()], 2)
+
+    @staticmethod
+    def graph(vae, latent, caches):
+        """A group's inputs (latents, caches), and its outputs (pixels, caches) with their graph."""
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (latent, *(caches or ()))]
+            pixels, caches = vae.decode_frames(inputs[0], inputs[1:] or None)
+        return inputs, [pixels, *caches]
+
+    @staticmethod
+    def backward(ctx, grad):
+        found, carried, (inputs, outputs) = [], [], ctx.last
+        del ctx.last
+        while True:
+            grad, here = grad.split([grad.shape[2] - outputs[0].shape[2], outputs[0].shape[2]], 2)
+            ends, into = zip(*[(y, g) for y, g in zip(outputs, [here, *carried]) if y.requires_grad])
+            latent, *carried = torch.autograd.grad(ends, inputs, into, materialize_grads=True)
+            found.insert(0, latent)
+            if not ctx.groups:
+                return torch.cat(found, 2), None, None
+            del inputs, outputs, ends
+            with torch.autocast(grad.device.type, *ctx.autocast):
+                inputs, outputs = StreamedDecode.graph(ctx.vae, *ctx.groups.pop())
+
+
+class WindowedDecode(torch.autograd.Function):
+    """WanVAE.decode whose gradient passes through the latent window under the pixels' non-zero gradient only.
+
+    A face reward's gradient at the pixels is zero outside the faces' crops. The window is what they cover over the
+    whole clip, `margin` cells larger on each side, decoded again as a clip of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, latent, vae, frames, margin):
+        ctx.save_for_backward(latent)
+        ctx.vae, ctx.frames, ctx.margin = vae, frames, margin
+        ctx.autocast = torch.get_autocast_dtype(latent.device.type), torch.is_autocast_enabled(latent.device.type)
+        return vae.decode_frames(latent)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (latent,) = ctx.saved_tensors
+        found = torch.zeros_like(latent)
+        window = latent_window(grad, ctx.vae.cfg.stride, ctx.margin)
+        if window is None:
+            return found, None, None, None
+        (t, y, x), (fh, fw) = window, ctx.vae.cfg.stride[1:]
+        with torch.enable_grad(), torch.autocast(grad.device.type, *ctx.autocast):
+            part = latent[:, :, t, y, x].detach().requires_grad_()
+            video = StreamedDecode.apply(part, ctx.vae, ctx.frames or part.shape[2])
+        grad = grad[:, :, : video.shape[2], y.start * fh : y.stop * fh, x.start * fw : x.stop * fw]
+        found[:, :, t, y, x] = torch.autograd.grad(video, part, grad)[0]
+        return found, None, None, None
+
+
+def latent_window(grad, stride, margin):
+    """Slices (time, rows, columns) of the latent cells under a gradient at the pixels, [B, 3, F, H, W]; None if zero.
+
+    Rows and columns are `margin` cells larger on each side; time starts at 0, the decoder being causal.
+    """
+    places = (grad != 0).any(1).any(0).nonzero()  # of [F, H, W]
+    if not len(places):
+        return None
+    (_, last), *spans = torch.stack(places.aminmax(dim=0), 1).tolist()
+    cells = [slice(max(0, a // s - margin), b // s + 1 + margin) for (a, b), s in zip(spans, stride[1:])]
+    return slice(0, (last + stride[0] - 1) // stride[0] + 1), *cells
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -686,7 +834,9 @@ class WanDiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.checkpointing = cfg, False  # checkpointing: recompute each block in the backward pass
+        self.cfg = cfg
+        self.checkpointing = False  # keep each block's input only, and compute the block again in the backward pass
+        self.offload = False  # keep those inputs on the host
         dim = cfg.dim
         self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, cfg.patch_size, stride=cfg.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -735,7 +885,9 @@ class WanDiT(nn.Module):
         rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, rope, context, use_reentrant=False)
+                with torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else contextlib.nullcontext():
+                    # of the arguments only x, the block's own, is saved by way of the hook
+                    x = checkpoint(block, x, e=modulation, rope=rope, context=context, use_reentrant=False)
             else:
                 x = block(x, modulation, rope, context)
         x = self.head(x, e).view(B, *grid, *p, cfg.out_dim)
@@ -774,6 +926,7 @@ PREFIX = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer|transf
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 PRECISIONS |= {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 PRECISIONS |= {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
+MAPPED = 2**30
 SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's fp8_scaled: weight = fp8 value times this, beside `.weight`
 BESIDE = re.compile(  # what such files hold beside the weights; nothing of it is needed here
     r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
@@ -818,7 +971,11 @@ def write_safetensors(tensors, path, metadata=None):
     """Write a safetensors file whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata)
+    try:
+        save_file(tensors, part, metadata)
+    except Exception:
+        part.unlink(missing_ok=True)
+        raise
     part.replace(path)
 
 
@@ -900,30 +1057,48 @@ class Checkpoint:
                 self.metadata |= handle.metadata() or {}
             else:
                 about = {k: (tuple(v.shape), v.dtype) for k, v in open_pickle(file).items()}
+            twice = next((k for k in about if k in self.shapes), None)
+            if twice:
+                raise UserError(f"{file}: {twice} is in another shard too; download the folder again")
             self.names[file] = list(about)
             self.shapes |= {k: shape for k, (shape, _) in about.items()}
             self.precisions |= {k: PRECISIONS.get(kind, str(kind)) for k, (_, kind) in about.items()}
 
-    def read(self, wanted):
-        """Yield (name, tensor) of the names in `wanted`, in the files' order, one file open at a time.
+    def scale(self, name):
+        """The name of what an fp8 tensor is to be multiplied by, or None."""
+        return next((k for s in SCALES if (k := name.removesuffix(".weight") + s) in self.shapes), None)
 
-        fp8 values are multiplied by their scale and come out in bf16.
+    def read(self, wanted, rows=None):
+        """Yield (name, tensor) of the names in `wanted`, in the files' order; fp8 comes multiplied out, in fp32.
+
+        rows: by name, a slice of a tensor's rows where not all are wanted: only their bytes are read.
+
+        Files are memory-mapped, and a page once read counts as this process's until its file is let go. So a file is
+        opened anew after every MAPPED bytes: peak memory is the model and 2 GB, also where one file holds all of it.
         """
         for file in self.files:
-            if file.suffix == ".safetensors":
-                handle = open_safetensors(file)
-                get = handle.get_tensor
-            else:
-                get = open_pickle(file).__getitem__
+            get, seen = None, 0
             for name in self.names[file]:
-                if name in wanted:
-                    tensor = get(name)
-                    if self.precisions[name] == "fp8":
-                        scales = [get(k) for s in SCALES if (k := name.removesuffix(".weight") + s) in self.shapes]
-                        scale = scales[0].float() if scales else torch.ones(())
-                        scale = scale.view(-1, *[1] * (tensor.dim() - 1)) if scale.numel() > 1 else scale.view(())
-                        tensor = (tensor.float() * scale).bfloat16()
-                    yield name, tensor
+                if name not in wanted:
+                    continue
+                if get is None or seen > MAPPED:
+                    get = slice_of = f = tensor = None
+                    if file.suffix == ".safetensors":
+                        get, slice_of = (f := open_safetensors(file)).get_tensor, f.get_slice
+                    else:
+                        get = slice_of = open_pickle(file).__getitem__
+                    seen = 0
+                part = (rows or {}).get(name)
+                whole = part is None or self.precisions[name] == "fp8"
+                tensor = get(name) if whole else slice_of(name)[part]
+                seen += tensor.nbytes
+                if self.precisions[name] == "fp8":
+                    tensor = tensor.float()
+                    if self.scale(name):
+                        ((_, scale),) = self.read({self.scale(name)})
+                        tensor *= scale.float().view(-1, *[1] * (tensor.dim() - 1))  # of the tensor, or of each row
+                    tensor = tensor if part is None else tensor[part]
+                yield name, tensor
 
 
 def describe(shapes, path=""):
@@ -936,11 +1111,13 @@ def describe(shapes, path=""):
         layers = 1 + max((int(m[1]) for k in bare if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
         for name, preset in CONFIGS.items():
             if (dim, channels, layers) == (preset.dit.dim, preset.dit.in_dim, preset.dit.num_layers):
+                if preset.boundary is None:
+                    return f"{name}'s transformer"
                 place = Path(path).name.lower()
-                for expert, other in (("high-noise", "transformer"), ("low-noise", "transformer_2")):
-                    if name == "wan14b" and (expert[:3] in place or place == other):
-                        return f"A14B's {expert} expert"
-                return f"{name}'s transformer" if name != "wan14b" else "one of A14B's experts"
+                if "high" in place or place == "transformer":
+                    return "A14B's high-noise expert"
+                low = re.search(r"(?<![a-z])low|low.?noise", place)  # not "slow", "flow"
+                return "A14B's low-noise expert" if low or place == "transformer_2" else "one of A14B's experts"
         return f"a Wan transformer of width {dim} with {layers} layers and {channels} input channels"
     for key in ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"):
         if key in bare:
@@ -951,6 +1128,16 @@ def describe(shapes, path=""):
             known = {(16, 384): "Wan 2.1's VAE", (48, 1024): "Wan 2.2's VAE"}
             return known.get((z, width), f"a Wan VAE of {z} latent channels and decoder width {width}")
     return "no network of Wan's"
+
+
+def scale_fits(checkpoint, name):
+    """False for an fp8 tensor whose scale is lost, or is one for blocks of it, which is not read here."""
+    if checkpoint.precisions.get(name) != "fp8":
+        return True
+    scale = checkpoint.scale(name)
+    if scale is None:  # a file of plain fp8 values has no scales at all
+        return not any(k.endswith((*SCALES, "scaled_fp8")) for k in checkpoint.shapes)
+    return math.prod(checkpoint.shapes[scale]) in (1, checkpoint.shapes[name][0])
 
 
 def match(module, checkpoint, asked):
@@ -971,11 +1158,12 @@ def match(module, checkpoint, asked):
                         for k, n in names.items() if shapes.get(n, want[k]) != want[k]]),
         ("of another type", [f"{n} {checkpoint.precisions[n]}" for n in names.values()
                              if n in shapes and checkpoint.precisions[n] not in PRECISIONS.values()]),
+        ("without a scale that fits", [n for n in names.values() if not scale_fits(checkpoint, n)]),
     ]  # fmt: skip
     if any(found for _, found in faults):
         told = [f"{len(f)} {what} ({', '.join(f[:3])}{', ...' if len(f) > 3 else ''})" for what, f in faults if f]
-        is_it, wanted = describe(shapes, checkpoint.path), describe(want)
-        this = f"this is {is_it}, {asked or wanted} was asked for" if is_it != wanted else f"not quite {wanted}"
+        is_it, wanted = describe(shapes, checkpoint.path), asked or describe(want)
+        this = f"this is {is_it}, {wanted} was asked for" if is_it != wanted else f"not quite {wanted}"
         raise UserError(f"{checkpoint.path}: {this}; read in the {layout} layout: {'; '.join(told)}")
     return names, layout
 
@@ -990,18 +1178,31 @@ class Loaded(typing.NamedTuple):
     metadata: dict
 
 
+def own_rows(weight):
+    """The rows that this rank holds of a weight that FSDP2 shards, as a slice; None of any other weight."""
+    if not hasattr(weight, "device_mesh"):
+        return None
+    count, mesh = weight.shape[0], weight.device_mesh
+    each = -(-count // mesh.size())
+    start = min(count, each * mesh.get_local_rank())
+    return slice(start, min(count, start + each))
+
+
 def load_weights(module, path, device=None, dtype=None, asked=""):
     """Load a checkpoint of any layout into a network; returns `Loaded`.
 
     path: a .safetensors or .pth file, or a folder with one or with shards and their index. A network on the meta
     device gets its weights on `device` in `dtype` (default: the file's); another keeps its own device and types.
     A WanDiT in half precision keeps norms, modulations, time embedding and head in fp32, as the reference computes
-    them. Raises UserError, before any weight changes, with every missing, unexpected and mis-shaped key.
+    them. Of weights that FSDP2 shards, each rank reads its own rows only. Raises UserError, before any weight
+    changes, with every missing, unexpected and mis-shaped key.
     """
     checkpoint = Checkpoint(path)
     names, layout = match(module, checkpoint, asked)
     native = {v: k for k, v in names.items()}
-    for name, tensor in checkpoint.read(native):
+    rows = {v: own_rows(module.get_parameter(k)) for v, k in native.items()}
+    wanted = {v for v in native if rows[v] is None or rows[v].start < rows[v].stop}
+    for name, tensor in checkpoint.read(wanted, rows):
         parent, _, leaf = native[name].rpartition(".")
         parent = module.get_submodule(parent)
         old = getattr(parent, leaf)
@@ -1012,7 +1213,7 @@ def load_weights(module, path, device=None, dtype=None, asked=""):
             value = torch.empty(tensor.shape, dtype=kind, device=device).copy_(tensor)  # never the file's own pages
             parent.register_parameter(leaf, nn.Parameter(value, old.requires_grad))
         else:
-            old.data.copy_(tensor)
+            (old.data if rows[name] is None else old.detach().to_local()).copy_(tensor)
     kinds = {checkpoint.precisions[n] for n in native}
     return Loaded(layout, checkpoint.files, len(names), "+".join(sorted(kinds)), checkpoint.metadata)
 
@@ -1103,32 +1304,53 @@ class Merge(typing.NamedTuple):
 
 
 LORA_KEY = re.compile(
-    r"^(?P<module>.+?)\.(?:(?P<kind>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight|(?P<other>alpha|diff|diff_b))$"
+    r"^(?P<module>.+?)\.(?:(?P<kind>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight"
+    r"|(?P<other>alpha|diff|diff_b))$"
 )
 LORA_KINDS = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up"}
+
+
+def lora_alpha(checkpoint):
+    """The alpha that PEFT keeps in an adapter_config.json beside its file, and Diffusers in the header; else None."""
+    beside, config = checkpoint.path.with_name("adapter_config.json"), {}
+    if checkpoint.path.name.startswith("adapter_model") and beside.is_file():
+        config = json.loads(beside.read_text())
+    elif "lora_adapter_metadata" in checkpoint.metadata:
+        config = json.loads(checkpoint.metadata["lora_adapter_metadata"])
+        config = {k.removeprefix("transformer."): v for k, v in config.items()}
+    odd = [k for k in ("alpha_pattern", "use_rslora", "use_dora") if config.get(k)]
+    if odd:
+        raise UserError(f"{checkpoint.path}: a LoRA with {', '.join(odd)} cannot be merged; merge it with PEFT first")
+    return config.get("lora_alpha")
 
 
 def merge_lora(model, path, strength=1.0):
     """Add a LoRA file's update to a WanDiT's weights, computed in fp32; returns `Merge`.
 
-    Reads PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up` with `alpha` (absent: the rank), and
-    `diff`/`diff_b` (whole differences of weight and bias), under native, Diffusers or kohya module names with any
-    usual prefix. Raises UserError, and changes nothing, if a shape does not fit, half of a pair is missing, or
-    nothing at all matches.
+    Reads PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up`, both with `alpha` (absent: `lora_alpha`'s,
+    or the rank), and `diff`/`diff_b`/`diff_m` (whole differences of weight, bias and modulation), under native,
+    Diffusers or kohya module names with any usual prefix. Raises UserError, and changes nothing, if a shape does not
+    fit, half of a pair is missing, a layer's update is of another kind (DoRA, LoKr), or nothing at all matches.
     """
     checkpoint = Checkpoint(path)
+    alpha = lora_alpha(checkpoint)
     modules = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
+    weights = {n: m.weight for n, m in modules.items()}
+    weights |= {n: p for n, p in model.named_parameters() if n.endswith("modulation")}
     spelled = {n.removesuffix(".weight"): k.removesuffix(".weight")
                for k, n in diffusers_names(model, [m + ".weight" for m in modules]).items()}  # fmt: skip
-    spelled |= {n: n for n in modules} | {"lora_unet_" + n.replace(".", "_"): n for n in modules}
+    spelled |= {n: n for n in weights} | {"lora_unet_" + n.replace(".", "_"): n for n in modules}
     groups, unmatched = {}, set()
     for key in checkpoint.shapes:
-        found = LORA_KEY.match(PREFIX.sub("", key))
+        bare = PREFIX.sub("", key)
+        found = LORA_KEY.match(bare.replace(".diff_m", ".modulation.diff"))
         name = spelled.get(found["module"]) if found else None
-        if name is None:
-            unmatched.add(found["module"] if found else PREFIX.sub("", key))
-        else:
+        if name is not None:
             groups.setdefault(name, {})[LORA_KINDS.get(found["kind"], found["other"])] = key
+        elif found or not any(bare.startswith(n + ".") for n in spelled):
+            unmatched.add(found["module"] if found else bare)
+        else:
+            raise UserError(f"{path}: {key} is no kind of update that can be merged; without it the rest means little")
     if not groups:
         has, wants = next(iter(checkpoint.shapes), "no tensor"), next(iter(modules))
         raise UserError(f"{path}: nothing to merge, no name fits this model; the file has {has}, the model {wants}")
@@ -1136,21 +1358,22 @@ def merge_lora(model, path, strength=1.0):
         if ("down" in keys) != ("up" in keys) or not keys.keys() - {"alpha"}:
             raise UserError(f"{path}: {name} has only {', '.join(keys)}, half of its update; download the file again")
         sizes = {kind: checkpoint.shapes[key] for kind, key in keys.items()}
-        out, *inner = modules[name].weight.shape
+        out, *inner = weights[name].shape
         fits = sizes.get("diff", (out, *inner)) == (out, *inner) and sizes.get("diff_b", (out,)) == (out,)
         if "down" in sizes:
             fits = fits and sizes["up"][:2] == (out, sizes["down"][0]) and sizes["down"][1] == inner[0]
-        if not fits or ("diff_b" in keys and getattr(modules[name], "bias", None) is None):
+        if not fits or ("diff_b" in keys and getattr(modules.get(name), "bias", None) is None):
             raise UserError(
                 f"{path}: {name} is {sizes}, the model's weight is {(out, *inner)}: a LoRA of another model"
             )
     tensors = dict(checkpoint.read({key for keys in groups.values() for key in keys.values()}))
     with torch.no_grad():
         for name, keys in groups.items():
-            weight, get = modules[name].weight, {kind: tensors[key].float() for kind, key in keys.items()}
+            weight, get = weights[name], {kind: tensors[key].float() for kind, key in keys.items()}
             update = get["diff"].clone() if "diff" in get else torch.zeros(weight.shape)
             if "down" in get:
-                scale = float(get["alpha"]) / len(get["down"]) if "alpha" in get else 1.0
+                rank = len(get["down"])
+                scale = (float(get["alpha"]) if "alpha" in get else rank if alpha is None else alpha) / rank
                 update += scale * (get["up"].flatten(1) @ get["down"].flatten(1)).view(weight.shape)
             weight.copy_(weight.float() + strength * update.to(weight.device))
             if "diff_b" in get:
@@ -1166,12 +1389,13 @@ def merge_lora(model, path, strength=1.0):
 class Experts(nn.Module):
     """I2V-A14B's two transformers as one: timesteps from 1000·boundary up go to `high`, the others to `low`.
 
-    `load(name)` gives an expert when it is first needed; unless `keep`, the other one is let go first.
+    `load(name)` gives an expert when it is first needed; unless `keep`, the other one is let go first. With `offload`
+    the one that is not at work waits on the host.
     """
 
     def __init__(self, cfg, boundary, load, keep=True):
         super().__init__()
-        self.cfg, self.boundary, self.load, self.keep = cfg, boundary, load, keep
+        self.cfg, self.boundary, self.load, self.keep, self.offload = cfg, boundary, load, keep, False
 
     def expert(self, name):
         if name not in self._modules:
@@ -1181,7 +1405,13 @@ class Experts(nn.Module):
         return self._modules[name]
 
     def forward(self, x, t, context, y=None):
-        return self.expert("high" if float(t.max()) >= 1000 * self.boundary else "low")(x, t, context, y)
+        expert = self.expert("high" if float(t.max()) >= 1000 * self.boundary else "low")
+        if self.offload:
+            for other in self.children():
+                if other is not expert:
+                    other.to("cpu")
+            expert.to(x.device)
+        return expert(x, t, context, y)
 
 
 # part: where it may lie in a folder: this repository's names, native, Diffusers, ComfyUI
@@ -1200,7 +1430,8 @@ DOWNLOAD = {
     "wan5b": "diffusion_pytorch_model*.safetensors with their index, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth "
     "and google/umt5-xxl/tokenizer.json; get them with: hf download Wan-AI/Wan2.2-TI2V-5B --local-dir DIR",
     "wan14b": "high_noise_model/, low_noise_model/, Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth "
-    "and google/umt5-xxl/tokenizer.json; get them with: hf download Wan-AI/Wan2.2-I2V-A14B --local-dir DIR",
+    "and google/umt5-xxl/tokenizer.json (single files: with high or low in the experts' names); "
+    "get them with: hf download Wan-AI/Wan2.2-I2V-A14B --local-dir DIR",
 }
 
 
@@ -1216,9 +1447,10 @@ def blank(preset, part):
 
 
 def find_parts(name, folder):
-    """The path of each of a preset's networks and of its tokenizer in a folder; UserError names what is missing.
+    """The path of each of a preset's networks and of its tokenizer in a folder.
 
-    Known places first; then any single .safetensors file below the folder whose tensors are the network's.
+    Known places first; then any single .safetensors file below the folder whose tensors are the network's. UserError
+    names what is missing, and which networks the folder has instead.
     """
     preset, folder = CONFIGS[name], Path(folder)
     if not folder.is_dir():
@@ -1226,24 +1458,30 @@ def find_parts(name, folder):
 
     def holds(path):
         files = [*path.glob("*.safetensors")]
-        return path.is_file() or any(path.glob("*.index.json")) or len(files) == 1 or any(map(is_shard, files))
+        alone = len(files) == 1 and path != folder  # in the folder itself a single file may be any network
+        return path.is_file() or any(path.glob("*.index.json")) or alone or any(map(is_shard, files))
 
     wanted = ["dit"] if preset.boundary is None else ["high", "low"]
     wanted += ["vae", "text", "tokenizer"]
     parts = {p: next((folder / place for place in PLACES[p] if holds(folder / place)), None) for p in wanted}
-    lost = [p for p in wanted if parts[p] is None]
-    for file in sorted(folder.rglob("*.safetensors")) if lost else ():
-        if is_shard(file):
+    lost = {p: expected(preset, p) if p in NAMES else "" for p in wanted if parts[p] is None}
+    found = {}
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.safetensors.index.json")]) if lost else ():
+        if is_shard(path):
             continue
-        is_it = describe(Checkpoint(file).shapes, file)
+        path = path if path.suffix == ".safetensors" else path.parent
+        found[path] = describe(Checkpoint(path).shapes, path.resolve())
         for part in lost:
-            if part in NAMES and is_it == expected(preset, part):
+            if path.is_file() and found[path] == lost[part]:
                 if parts[part] is not None:
-                    raise UserError(f"--ckpt {folder}: {parts[part].name} and {file.name} are both {is_it}; keep one")
-                parts[part] = file
+                    both = f"{parts[part].name} and {path.name}"
+                    raise UserError(f"--ckpt {folder}: {both} are both {lost[part]}; keep one")
+                parts[part] = path
     lost = [NAMES.get(p, "tokenizer.json") for p in wanted if parts[p] is None]
     if lost:
-        raise UserError(f"--ckpt {folder}: no {', no '.join(lost)} in it; --model {name} needs {DOWNLOAD[name]}")
+        has = ", ".join(f"{is_it} ({path.relative_to(folder)})" for path, is_it in found.items())
+        has = f" (this is {has})" if has else ""
+        raise UserError(f"--ckpt {folder}: no {', no '.join(lost)} in it{has}; --model {name} needs {DOWNLOAD[name]}")
     return parts
 
 
@@ -1260,13 +1498,14 @@ class Wan:
     Every file's header is checked at once. `dit` and `text` are in `dtype`, the VAE in fp32 as the reference has
     it. With keep=False only one network is in memory: asking for another lets the last one go (sampling); what
     was changed in it is lost, so `loras`, (part, path) pairs, are merged whenever their transformer is read.
+    shard(module), if given, distributes a transformer over ranks before its weights are read (FSDP2).
     """
 
-    def __init__(self, name, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=()):
+    def __init__(self, name, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=(), shard=None):
         from tokenizers import Tokenizer
 
         self.name, self.preset, self.device, self.dtype = name, CONFIGS[name], torch.device(device), dtype
-        self.keep, self.loras, self.networks = keep, list(loras), {}
+        self.keep, self.loras, self.shard, self.networks = keep, list(loras), shard, {}
         self.paths = find_parts(name, ckpt or self.preset.folder)
         for part, path in self.paths.items():
             if part in NAMES:
@@ -1274,6 +1513,8 @@ class Wan:
         if "high" in self.paths:
             check_experts(self.paths["high"], self.paths["low"])
         self.tokenizer = Tokenizer.from_file(str(self.paths["tokenizer"]))
+        self.tokenizer.no_padding()  # `tokenize` pads, and refuses what it would have to cut
+        self.tokenizer.no_truncation()
 
     def network(self, part):
         if part not in self.networks:
@@ -1293,6 +1534,9 @@ class Wan:
             return Experts(self.preset.dit, self.preset.boundary, self.load, self.keep)
         module = blank(self.preset, part)
         dtype = torch.float32 if part == "vae" else self.dtype
+        if self.shard and part not in ("vae", "text"):
+            self.shard(module)
+            module.to_empty(device=self.device)
         done = load_weights(module, self.paths[part], self.device, dtype)
         if part == "vae":
             scale = {k: json.loads(done.metadata[k]) for k in ("mean", "std") if k in done.metadata}
@@ -1332,7 +1576,7 @@ def check_experts(high, low):
         raise UserError(f"{high} and {low} hold the same weights: one expert was downloaded or copied twice")
 
 
-def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=()):
+def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None):
     """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2.
 
     Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any of them is read.
@@ -1343,4 +1587,4 @@ def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=()):
         raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
     if dtype is None:
         dtype = torch.float32 if CONFIGS[name].folder else torch.bfloat16
-    return Wan(name, ckpt, device, dtype, keep, loras)
+    return Wan(name, ckpt, device, dtype, keep, loras, shard)

@@ -9,9 +9,11 @@ steps, one step's graph at a time: memory of one step whatever K is, and exactly
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import sys
 import typing
 from dataclasses import dataclass
@@ -118,11 +120,12 @@ def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
     return x
 
 
-def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None):
+def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None, hold=contextlib.nullcontext):
     """Accumulate the gradient of <grad, x_N> + sum_i penalty_i in the DiT's parameters, through the window.
 
     latents: `rollout`'s list x_{N-K} .. x_N; grad: the loss's gradient at x_N, [B, C, F', h, w]; y as in `rollout`.
-    penalty(v, x, i) gives a scalar of step i's velocity v at latent x (the velocity KL), or None.
+    penalty(v, x, i) gives a scalar of step i's velocity v at latent x (the velocity KL), or None. hold() is entered
+    for every step but the one that comes last here: DDP's no_sync, so that gradients are summed over ranks once.
     Returns the gradient at x_{N-K}. One DiT graph is alive at a time: step i's chain rule is
         g_i = d/dx_i ( <g_{i+1}, x_i + (sigma_{i+1} - sigma_i) v(x_i)> + penalty_i ),
     and a pinned frame passes nothing on, because the next latent does not depend on it.
@@ -132,11 +135,12 @@ def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None):
     for i, x in zip(range(last - 1, last - len(latents), -1), latents[-2::-1]):
         grad = pin(grad, pinned)
         x = x.detach().requires_grad_()
-        v = velocity(dit, x, sigma[i], context, y)
-        loss = (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
-        if penalty is not None:
-            loss = loss + penalty(v, x.detach(), i)
-        loss.backward()
+        with hold() if i > last - len(latents) + 1 else contextlib.nullcontext():
+            v = velocity(dit, x, sigma[i], context, y)
+            loss = (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
+            if penalty is not None:
+                loss = loss + penalty(v, x.detach(), i)
+            loss.backward()
         grad = x.grad
     return pin(grad, pinned)
 
@@ -288,11 +292,12 @@ def pixels(text):
     return height, width
 
 
-def parse_options(cls, argv=None, doc=None, positional=()):
-    """Fill the dataclass `cls` from the command line; every field is an option with its name, type and default."""
+def given_options(cls, argv=None, doc=None, positional=()):
+    """What the command line gives of the dataclass `cls`, as a dict; every field is an option with its type."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )  # fmt: skip
 
     def refuse(message):
         raise UserError(f"{message} (see --help)")
@@ -304,10 +309,15 @@ def parse_options(cls, argv=None, doc=None, positional=()):
         if f.name in positional:
             parser.add_argument(f.name, type=kind, help=text)
         elif kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=text)
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
-            parser.add_argument(f"--{f.name}", type=pixels if f.name == "size" else kind, default=f.default, help=text)
-    return cls(**vars(parser.parse_args(argv)))
+            parser.add_argument(f"--{f.name}", type=pixels if f.name == "size" else kind, help=text)
+    return vars(parser.parse_args(argv))
+
+
+def parse_options(cls, argv=None, doc=None, positional=()):
+    """The dataclass `cls` with what the command line gives, and its defaults."""
+    return cls(**given_options(cls, argv, doc, positional))
 
 
 def run(main):
@@ -315,8 +325,17 @@ def run(main):
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes make the same mistake
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# What the reference puts here (sample_neg_prompt of wan/configs/shared_config.py); the released weights expect it.
+NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
 
 
 @dataclass
@@ -331,7 +350,7 @@ class SampleOptions:
     shift: float | None = option(None, "of the noise schedule; default: the preset's")
     solver: str = option("", "euler (as in training) or unipc; default: unipc, and euler for tiny")
     cfg: float | None = option(None, "classifier-free guidance, 1 = off (distilled weights); default: the preset's")
-    negative: str = option("", "negative prompt, used where cfg is on")
+    negative: str | None = option(None, "negative prompt, where cfg is on; default: the reference's, none for tiny")
     frames: int | None = option(None, "frames of the clip, 4n+1; default: the preset's")
     size: tuple[int, int] | None = option(None, "HxW in pixels; default: the picture's shape at the preset's area")
     precision: str = option("", "of transformer and text encoder: bf16 or fp32; default: bf16, and fp32 for tiny")
@@ -382,7 +401,8 @@ def main():
     loras = parse_loras(options.lora, preset.boundary is not None)
     wan = load_model(options.model, options.ckpt, device, dtype, keep=False, loras=loras)
     cfg = preset.cfg if options.cfg is None else options.cfg
-    contexts = wan.encode_text([options.prompt, options.negative] if cfg != 1 else [options.prompt])
+    negative = options.negative if options.negative is not None else "" if tiny else NEGATIVE
+    contexts = wan.encode_text([options.prompt, negative] if cfg != 1 else [options.prompt])
     first, y = condition(wan, fit(picture, size), frames)
     noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
     dit = wan.dit if cfg == 1 else guided(wan.dit, contexts[1:], cfg)

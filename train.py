@@ -1,30 +1,44 @@
 """Identity-preserving reward-guided optimisation (IPRO, arXiv 2510.14255) of a Wan image-to-video model.
 
-    python train.py                  tunes the tiny Wan that ships with the repo, on a CPU, in minutes
-    python train.py --help           every option
+    python train.py                                                   the tiny Wan of this repository, on a CPU
+    torchrun --nproc_per_node 8 train.py --model wan5b --ckpt DIR --data DIR
+    python train.py --resume                                          goes on with the run in --out
 
 One step: roll out a clip from fresh noise (no gradient), decode it, score its faces against all faces of the true
 clip, send the reward's gradient at the final latent back through the last K sampling steps, add the velocity KL
 to the untuned model, step. `--objective sft` is plain flow matching on the true clips instead; it made the tiny
-model. Everything lands in --out: lora.safetensors, log.jsonl, curves.png, before_after.mp4, options.json.
+model. A LoRA is tuned under DDP; all weights (--lora_rank 0) under FSDP2. In --out: options.json, log.jsonl (a
+line a step), curves.png, checkpoints/, watch/, lora.safetensors, before_after.mp4.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import os
+import shutil
+import signal
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Clips
 from model import (
     ASSETS,
     CONFIGS,
+    Experts,
     UserError,
     add_lora,
     load_model,
@@ -34,10 +48,9 @@ from model import (
 )
 from reward import FaceReward, clip_metrics, velocity_kl
 from sample import (
-    latent_size,
+    given_options,
     noise_like,
     option,
-    parse_options,
     pin,
     rollout,
     run,
@@ -49,6 +62,24 @@ from sample import (
     write_video,
 )  # fmt: skip
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process is no fault
+
+# The recipes: what an option is that the command line does not give.
+RECIPES = {
+    "paper": dict(  # arXiv 2510.14255, section 4.1
+        batch=64, steps=100, lr=2e-5, sampling_steps=8, window=4, reward_weight=0.1, kl_weight=1.0, pool_first=True,
+    ),
+    "roll": dict(  # ROLL v0.2.1, reward_fl: loss = -0.1 (R - 0.54) / 0.16 + KL, the input image left out of the pool
+        batch=8, steps=100, lr=2.5e-6, sampling_steps=8, window=4, reward_weight=0.1 / 0.16, kl_weight=1.0,
+        pool_first=False,
+    ),
+}  # fmt: skip
+TINY = dict(batch=4, micro_batch=4, steps=40, lr=1e-3, eval_clips=24)  # over the recipe's: minutes on two cores
+CHOICES = dict(
+    recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
+    fsm=("pool", "first", "aligned"), people=("largest", "all"),
+)  # fmt: skip
+
 
 @dataclass
 class TrainOptions:
@@ -56,33 +87,275 @@ class TrainOptions:
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
     data: str = option(str(ASSETS / "data"), "folder that data.py made: train and heldout clips")
     out: str = option("out", "folder of the run")
+    resume: bool = option(False, "go on with the run in --out, with its options")
     faces: str = option(str(ASSETS), "folder with a face detector and encoder, the reward's, e.g. antelopev2")
+    judge: str = option("", "folder with a second detector and encoder, which only watches, e.g. buffalo_l")
     objective: str = option("ipro", "ipro: reward on own samples; sft: flow matching on the true clips")
-    steps: int = option(40, "optimisation steps")
-    batch: int = option(4, "clips a step")
-    lr: float = option(1e-3, "learning rate")
+    recipe: str = option("paper", "where the defaults marked * are from: paper or roll; tiny has some of its own")
+    steps: int = option(100, "*optimisation steps")
+    batch: int = option(64, "*clips a step, of all ranks together")
+    micro_batch: int = option(1, "*clips that a rank has in work at a time")
+    lr: float = option(2e-5, "*learning rate")
     optimizer: str = option("adam", "adam, or muon: Muon for the blocks' matrices and Adam for the rest, from scratch")
     warmup: int = option(5, "steps over which the learning rate rises to lr")
     decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0")
     grad_clip: float = option(1.0, "largest norm of a step's gradient")
     lora_rank: int = option(32, "rank of the LoRA on q, k, v, o and the feed-forward layers; 0 tunes all weights")
-    sampling_steps: int = option(8, "N, Euler steps of a rollout")
-    window: int = option(4, "K, the last sampling steps, which the gradient passes through")
-    reward_weight: float = option(0.1, "w_R, weight of the face reward")
-    kl_weight: float = option(1.0, "w_KL, weight of the velocity KL to the untuned model")
+    sampling_steps: int = option(8, "*N, Euler steps of a rollout")
+    window: int = option(4, "*K, the last sampling steps, which the gradient passes through")
+    reward_weight: float = option(0.1, "*w_R, weight of the face reward")
+    kl_weight: float = option(1.0, "*w_KL, weight of the velocity KL to the untuned model")
     kl_weighting: str = option("sigma", "of the KL over steps: sigma, dt or uniform")
     reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
+    checkpointing: bool = option(False, "recompute each transformer block in the backward pass: memory for time")
+    offload: bool = option(False, "keep on the host: with --checkpointing the blocks' inputs, and A14B's idle expert")
+    decode_frames: int = option(0, "latent frames whose decoder graph is in memory at a time; 0 = all of the clip")
+    face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
+    score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
+    compile: bool = option(False, "torch.compile the transformer's blocks")
     fsm: str = option("pool", "what generated faces are compared with: pool, first or aligned")
     people: str = option("largest", "whose faces are scored: largest, or all (each person against their own pool)")
-    pool_first: bool = option(True, "is the true clip's frame 0 in the pool?")
+    pool_first: bool = option(True, "*is the true clip's frame 0 in the pool?")
     score_first: bool = option(True, "is the generated frame 0, which is given, scored?")
     min_face: float = option(0.0, "pixels; a smaller face counts in proportion to its size; 0 = all count the same")
     min_score: float = option(0.0, "in 0..1; a face that the detector is less sure of counts less; 0 = as any other")
-    judge: str = option("", "folder with a second detector and encoder, which only watches, e.g. buffalo_l")
-    eval_clips: int = option(24, "held-out clips sampled before and after, with fixed noise")
-    save_every: int = option(20, "steps between checkpoints that --resume can continue from")
+    eval_clips: int = option(8, "*held-out clips sampled before, after and at every watch, with fixed noise")
+    watch_every: int = option(20, "steps between looks at the held-out clips; 0 = only before and after")
+    save_every: int = option(20, "steps between checkpoints")
+    keep: int = option(2, "checkpoints that stay")
+    max_skips: int = option(10, "steps in a row without a finite gradient after which the run ends")
     seed: int = option(0, "of data order, noise and LoRA")
-    resume: bool = option(False, "continue the run in --out")
+    plan: bool = option(False, "print what a step takes on a GPU, by the next three, and end: no weights, data or GPU")
+    gpus: int = option(1, "of the plan: over how many all weights are sharded (a LoRA's base is whole on each)")
+    frames: int | None = option(None, "of the plan's clip, 4n+1; default: the preset's")
+    size: tuple[int, int] | None = option(None, "of the plan's clip, HxW in pixels; default: the preset's")
+
+
+UNBOUND = ("resume", "steps", "micro_batch", "watch_every", "save_every", "keep", "max_skips")  # may change on --resume
+
+
+def resolve(given):
+    """TrainOptions: what the command line gave, over the run's own (--resume) or the tiny model's and the recipe's."""
+    out = Path(given.get("out", TrainOptions.out))
+    if not given.get("resume"):
+        base = RECIPES.get(given.get("recipe", TrainOptions.recipe), {})
+        return TrainOptions(**(base | (TINY if given.get("model", "tiny") == "tiny" else {}) | given))
+    if not (out / "options.json").is_file():
+        raise UserError(f"--resume: {out} holds no run (no options.json)")
+    saved = json.loads((out / "options.json").read_text())
+    changed = [k for k, v in given.items() if k not in (*UNBOUND, "out") and saved.get(k) != v]
+    if changed:
+        raise UserError(f"--resume: {out} was run with another --{changed[0]} ({saved.get(changed[0])})")
+    return TrainOptions(**(saved | given))
+
+
+def check(options):
+    """Refuse what cannot work before anything is loaded or written."""
+    for name, allowed in dict(CHOICES, objective=tuple(OBJECTIVES)).items():
+        if getattr(options, name) not in allowed:
+            raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
+    if options.model not in CONFIGS:
+        raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
+    for name in ("steps", "batch", "micro_batch", "sampling_steps", "window", "save_every", "keep", "max_skips"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: at least 1")
+    if options.window > options.sampling_steps:
+        raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
+    boundary = CONFIGS[options.model].boundary
+    if boundary and options.objective == "ipro":
+        low = int((sigmas(options.sampling_steps, CONFIGS[options.model].shift)[:-1] < boundary).sum())
+        if options.window > low:
+            raise UserError(
+                f"--window {options.window}: the low-noise expert, which is tuned, takes the last {low} of "
+                f"{options.sampling_steps} steps"
+            )
+    out = Path(options.out)
+    if not options.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists and is not empty; name another folder, or continue it with --resume")
+
+
+@dataclass
+class Run:
+    """What a step works with."""
+
+    wan: Any  # model.Wan: dit, vae
+    tuned: torch.nn.Module  # the transformer, or the expert, whose weights or LoRA are tuned
+    model: Any  # `tuned` as it is called with gradient: itself, or inside DDP
+    reference: Any  # called as `tuned` is: untuned
+    options: TrainOptions
+    sigma: torch.Tensor  # [N+1]
+    share: float  # a sample's share of this rank's loss; DDP and FSDP2 average gradients over ranks
+    reward: FaceReward | None = None
+    judge: Any = None  # (row, video) to the judge's score, or None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ranks: one process, or those that torchrun starts
+
+
+def start_ranks():
+    """(rank, ranks, device) of this process; it joins the group of torchrun's processes if it is one of them."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def gathered(rows):
+    """The lists of all ranks as one, in rank order, the same on every rank."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def samples_of(options, rank, ranks):
+    """The numbers of a step's samples that are this rank's, as its micro-batches; UserError if it does not divide."""
+    if options.batch % (ranks * options.micro_batch):
+        raise UserError(
+            f"--batch {options.batch} is no multiple of {ranks * options.micro_batch}: {ranks} rank(s) x --micro_batch "
+            f"{options.micro_batch}, which accumulate until the batch is full"
+        )
+    each = options.batch // ranks
+    return [range(k, k + options.micro_batch) for k in range(rank * each, (rank + 1) * each, options.micro_batch)]
+
+
+def shard(dit):
+    """FSDP2 on a transformer: the ranks hold a part each of every block, and gather a block while it runs.
+
+    Parts, gradients and their sums are fp32 and autocast computes in bf16: a bf16 MixedPrecisionPolicy would round
+    norms and modulations too, which Wan keeps in fp32.
+    """
+    for block in dit.blocks:
+        fully_shard(block)
+    fully_shard(dit)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: out/checkpoints/step-000020/, whole or not there
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """When this returns, a file's data, or a folder's list of names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def training_state(tuned, optimizers):
+    """What a checkpoint holds of the tuned weights and the optimizers, by the weights' names: any number of ranks."""
+    return get_state_dict(tuned, optimizers, options=StateDictOptions(ignore_frozen_params=True))
+
+
+def save_checkpoint(folder, step, tuned, optimizers, export, rank=0, keep=2):
+    """Write folder/step-<step>, of all ranks, with what export(path) adds to it; the last `keep` checkpoints stay.
+
+    It grows under a temporary name, is synced to the disk, and gets its name when its manifest of SHA-256 sums is in
+    it. Raises UserError where that fails, as on a full disk: the checkpoints before it are untouched.
+    """
+    whole = folder / f"step-{step:06}"
+    part = whole.with_suffix(".part")
+    sums = []
+
+    def begin():
+        if rank == 0:
+            for torn in folder.glob("*.part"):  # of a run that was killed
+                shutil.rmtree(torn)
+            part.mkdir()
+
+    def write():
+        weights, moments = training_state(tuned, optimizers)
+        state = dict(weights=weights, optimizers=moments, rng={str(rank): torch.get_rng_state()})
+        dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
+        export(part)
+        own = [f for f in part.iterdir() if (f.name.startswith(f"__{rank}_") or (f.name[:2] != "__" and rank == 0))]
+        sums.extend((f.name, digest(f)) for f in own)
+
+    def finish():
+        if rank == 0:
+            (part / "manifest.json").write_text(json.dumps(dict(step=step, files=files), indent=1))
+            for file in part.iterdir():
+                sync(file)
+            shutil.rmtree(whole, ignore_errors=True)
+            part.rename(whole)
+            sync(folder)
+            for old in sorted(folder.glob("step-??????"))[:-keep]:
+                shutil.rmtree(old.rename(old.with_suffix(".part")))  # a kill meanwhile leaves no half of one
+
+    for stage in (begin, write, finish):
+        fault = None
+        try:
+            stage()
+        except (Exception, dcp.api.CheckpointException) as error:
+            fault = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        faults = [f for f in gathered([fault]) if f is not None]
+        if faults:
+            if rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            kept = sorted(folder.glob("step-??????"))
+            raise UserError(
+                f"{whole}: not written ({faults[0]}); "
+                + (f"the last whole checkpoint is {kept[-1]}; make room and --resume" if kept else "none is whole yet")
+            )
+        files = dict(gathered(sums)) if stage is write else None
+
+
+def newest_checkpoint(folder, rank=0, ranks=1):
+    """The newest whole checkpoint of a run, or None; a damaged one is told of, and passed over."""
+    for path in sorted(folder.glob("step-??????"), reverse=True):
+        try:
+            files = sorted(json.loads((path / "manifest.json").read_text())["files"].items())
+            wrong = [name for name, is_it in files[rank::ranks] if digest(path / name) != is_it]
+        except (OSError, ValueError, KeyError) as error:
+            wrong = [f"{type(error).__name__}: {error}"]
+        wrong = gathered(wrong)
+        if not wrong:
+            return path
+        if rank == 0:
+            print(f"{path}: damaged ({wrong[0]}); falling back to the checkpoint before it", flush=True)
+    return None
+
+
+def load_checkpoint(path, tuned, optimizers, rank=0):
+    """Put a checkpoint's weights and optimizer states in place, whatever number of ranks wrote it; returns its step."""
+    weights, moments = training_state(tuned, optimizers)
+    state = dict(weights=weights, optimizers=moments)
+    if f"rng.{rank}" in dcp.FileSystemReader(path).read_metadata().state_dict_metadata:
+        state["rng"] = {str(rank): torch.get_rng_state()}
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    set_state_dict(
+        tuned, optimizers, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
+        options=StateDictOptions(strict=False),
+    )  # fmt: skip
+    if "rng" in state:
+        torch.set_rng_state(state["rng"][str(rank)])
+    return json.loads((path / "manifest.json").read_text())["step"]
+
+
+def export_weights(job, path, rank=0):
+    """What other programs read of a tuned model: path/lora.safetensors, or all weights as path/dit.safetensors."""
+    if job.options.lora_rank:
+        if rank == 0:
+            save_lora(job.tuned, path / "lora.safetensors")
+        return
+    dtype = torch.bfloat16 if job.wan.preset.folder is None else torch.float16
+    tensors = {}
+    for name, value in job.tuned.state_dict().items():
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2's: all ranks take part
+        if rank == 0:
+            tensors[name] = value.to("cpu", dtype).contiguous()
+    if rank == 0:
+        write_safetensors(tensors, path / "dit.safetensors")
 
 
 def learning_rate(options, step):
@@ -106,13 +379,17 @@ def optimizers(options, model):
     return found
 
 
-def batch_at(clips, options, step):
-    """The clips of a step: a permutation an epoch, a function of seed and step only, so that resuming is exact."""
+def batch_at(clips, options, step, numbers):
+    """Samples `numbers` of a step: a permutation an epoch, by seed, step and number only, whatever the ranks are."""
     rows = []
-    for k in range(step * options.batch, (step + 1) * options.batch):
-        epoch, place = divmod(k, len(clips))
+    for k in numbers:
+        epoch, place = divmod(step * options.batch + k, len(clips))
         rows.append(int(np.random.default_rng([options.seed, epoch]).permutation(len(clips))[place]))
-    return clips.batch(rows), rows
+    return clips.batch(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The objectives: each accumulates a micro-batch's gradient and returns, a sample each, what to log of it
 
 
 def autocast(device):
@@ -120,72 +397,100 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def ipro_step(wan, reward, batch, options, sigma, noise, judged=lambda b, video: None):
-    """Accumulate the gradient of  -w_R mean R + w_KL mean_i KL_i  (IPRO's objective); returns what to log.
+def scored_frames(noise, frames, count):
+    """The frames to score, `count` of them, in order (0: all). The sample's own noise [C, F', h, w] draws them.
 
-    batch: `Clips.batch`; sigma [N+1]; noise [B, C, F', h, w]; judged(b, video): a second opinion on clip b, to log.
+    So they depend on seed, step and sample only, whatever the ranks are.
+    """
+    return noise.flatten()[:frames].argsort()[:count].sort().values if 0 < count < frames else slice(None)
+
+
+def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
+    """Accumulate the gradient of  -w_R mean R + w_KL mean_i KL_i  (IPRO's objective).
+
+    batch: `batch_at`; noise [B, C, F', h, w]; hold: a context for every backward pass but the last, DDP's no_sync.
     A sample that shows no face adds its KL only.
     """
-    first, context, size = batch["first"], batch["context"], len(noise)
+    options, sigma, reward = job.options, job.sigma, job.reward
+    context, y, size = batch["context"], batch.get("y"), len(noise)
     pool, pool_mask = batch["pool"], batch["pool_mask"]
     if options.people == "largest" and pool.dim() == 4:
         pool, pool_mask = pool[:, 0], pool_mask[:, 0]
     with autocast(noise.device):
-        latents = rollout(wan.dit, noise, first, context, sigma, options.window)
-    scores, metrics, grads, opinions = [], [], [], []
+        latents = rollout(job.wan.dit, noise, batch.get("first"), context, sigma, options.window, y)
+    rows, grads = [], []
+    decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     for b in range(size):  # one clip's decoder graph at a time
         x = latents[-1][b : b + 1].clone().requires_grad_()
         with autocast(noise.device):
-            video = wan.vae.decode(x).float()
-        score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm)
+            video = job.wan.vae.decode(x, *decoding).float()
+        looked = scored_frames(noise[b], video.shape[2], options.score_frames)
+        score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
         # g = d(-w_R R)/dx_N; the decoder's and the face network's graph is freed here
-        (grad,) = torch.autograd.grad(-options.reward_weight * score.sum() / size, x)
+        (grad,) = torch.autograd.grad(-options.reward_weight * job.share * score.sum(), x)
         if options.reward_clip:
-            grad = grad * (options.reward_clip / (size * grad.norm()).clamp(min=1e-12)).clamp(max=1)
+            grad = grad * (options.reward_clip * job.share / grad.norm().clamp(min=1e-12)).clamp(max=1)
         grads.append(grad)
-        scores.append(None if info["missing"] else float(score.detach()))
-        opinions.append(judged(b, video.detach()))
-        metrics.append(clip_metrics(to_frames(video.detach()), info))
-    kls = []
+        row = dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]))
+        if job.judge is not None:
+            row["judge"] = job.judge(batch["row"][b], video.detach())
+        watched = clip_metrics(to_frames(video.detach()), info)
+        rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
 
     def penalty(v, x, i):
-        with torch.no_grad(), lora_disabled(wan.dit), autocast(x.device):
-            v_ref = velocity(wan.dit, x, sigma[i], context)
-        kl = velocity_kl(v, v_ref, float(sigma[i]), options.kl_weighting, dt=float(sigma[i] - sigma[i + 1]))
-        kls.append(float(kl))
-        return options.kl_weight * kl / options.window
+        with torch.no_grad(), autocast(x.device):
+            v_ref = velocity(job.reference, x, sigma[i], context, y)
+        step = dict(weighting=options.kl_weighting, dt=float(sigma[i] - sigma[i + 1]))
+        if y is not None:
+            step["free"] = slice(None)
+        kl = torch.stack([velocity_kl(v[b : b + 1], v_ref[b : b + 1], float(sigma[i]), **step) for b in range(size)])
+        for row, value in zip(rows, kl.tolist()):
+            row["kl"] = row.get("kl", 0.0) + value / options.window
+        return options.kl_weight * job.share * kl.sum() / options.window
 
     with autocast(noise.device):
-        window_backward(wan.dit, latents, sigma, context, torch.cat(grads), penalty)
-    seen = [s for s in scores if s is not None]
-    motion = [m["motion"] for m in metrics if m["motion"] is not None]
-    opinions = [o for o in opinions if o is not None]
-    return dict(
-        reward=float(np.mean(seen)) if seen else None,
-        **(dict(judge=float(np.mean(opinions))) if opinions else {}),
-        missing=scores.count(None),
-        face_rate=float(np.mean([m["face_rate"] for m in metrics])),
-        kl=float(np.mean(kls)),
-        motion=float(np.mean(motion)) if motion else None,
-    )
+        window_backward(job.model, latents, sigma, context, torch.cat(grads), penalty, y, hold)
+    return rows
 
 
-def sft_step(wan, batch, options, noise, u):
+def sft_step(job, batch, noise, hold=contextlib.nullcontext):
     """Accumulate the gradient of flow matching, E |v(x_sigma) - (noise - x_0)|² over free frames (2210.02747).
 
-    batch["latent"] [B, C, F', h, w]; u [B] uniform in 0..1, shifted to sigma as the sampler's schedule is.
+    batch["latent"] [B, C, F', h, w]; batch["u"] [B] uniform in 0..1, shifted to sigma as the sampler's schedule is, and
+    kept below the boundary of A14B's low-noise expert, which is the one that is tuned.
     """
-    shift = wan.preset.shift
+    shift, boundary = job.wan.preset.shift, job.wan.preset.boundary or 1.0
+    u = batch["u"] * boundary / (shift - (shift - 1) * boundary)
     sigma = (shift * u / (1 + (shift - 1) * u)).view(-1, 1, 1, 1, 1)
-    x0 = batch["latent"]
-    x = pin((1 - sigma) * x0 + sigma * noise, batch["first"])
+    x0, y = batch["latent"], batch.get("y")
+    x = pin((1 - sigma) * x0 + sigma * noise, batch.get("first"))
     t = (1000 * sigma.flatten())[:, None].repeat(1, x.shape[2])
-    t[:, 0] = 0
+    if y is None:
+        t[:, 0] = 0
     with torch.autocast(noise.device.type, torch.bfloat16):
-        v = wan.dit(x, t, batch["context"])
-    loss = (v.float() - (noise - x0))[:, :, 1:].square().mean()
-    loss.backward()
-    return dict(loss=float(loss))
+        v = job.model(x, t, batch["context"], y)
+    free = slice(1 if y is None else 0, None)
+    loss = (v.float() - (noise - x0))[:, :, free].square().flatten(1).mean(1)
+    (job.share * loss.sum()).backward()
+    return [dict(loss=value) for value in loss.tolist()]
+
+
+OBJECTIVES = dict(ipro=ipro_step, sft=sft_step)
+
+
+def averaged(rows):
+    """A step's line of the log: means over samples; a figure that a sample lacks is left out of its mean."""
+    line = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        line[name] = float(np.mean(values)) if values else None
+    if "missing" in line:
+        line["missing"] = sum(row["missing"] for row in rows)
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Watching: the same held-out clips with the same noise, before, now and then, and after
 
 
 class Judge:
@@ -207,25 +512,24 @@ class Judge:
 def held_out(wan, reward, clips, rows, steps, seed=0, judge=None):
     """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos.
 
-    judge: a second FaceReward, whose FaceSim is reported beside the first's as `judge`.
+    judge: a second FaceReward, whose FaceSim is reported beside the first's as `judge`. The ranks share the work.
     """
-    schedule = sigmas(steps, wan.preset.shift)
-    results, videos = [], []
-    for row in tqdm(rows, desc="held-out clips", leave=False):
+    schedule, results = sigmas(steps, wan.preset.shift), []
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    turns = [rows[(i + rank) % len(rows)] for i in range(0, len(rows), ranks)]  # as many for each: FSDP2 needs it
+    for row in tqdm(turns, desc="held-out clips", leave=False, disable=rank > 0):
         batch = clips.batch([row])
-        shape = batch["first"].shape[1], *latent_size(wan.preset, wan.preset.frames, wan.preset.size)
-        noise = noise_like((1, *shape), seed, row).to(batch["first"].device)
+        noise = noise_like((1, *clips.latent_shape(wan.preset, row)), seed, row).to(batch["context"].device)
         with autocast(noise.device):
-            (latent,) = rollout(wan.dit, noise, batch["first"], batch["context"], schedule)
-            video = wan.vae.decode(latent).float()
-        image = to_tensor(clips.video(row)[:1])
-        image = image.to(noise.device)
-        results.append(clip_metrics(to_frames(video), reward.look(video), reward.look(image)))
+            (latent,) = rollout(wan.dit, noise, batch.get("first"), batch["context"], schedule, y=batch.get("y"))
+            video = wan.vae.decode(latent, frames=1).float()
+        image = to_tensor(clips.video(row)[:1]).to(noise.device)
+        metrics = clip_metrics(to_frames(video), reward.look(video), reward.look(image))
         if judge is not None:
-            opinion = clip_metrics(to_frames(video), judge.look(video), judge.look(image))
-            results[-1]["judge"] = opinion["facesim"]
-        videos.append(to_frames(video))
-    return results, videos
+            metrics["judge"] = clip_metrics(to_frames(video), judge.look(video), judge.look(image))["facesim"]
+        results.append((row, metrics, to_frames(video)))
+    found = {row: (metrics, video) for row, metrics, video in gathered(results)}
+    return [found[row][0] for row in rows], [found[row][1] for row in rows]
 
 
 def summary(results):
@@ -253,137 +557,223 @@ def side_by_side(columns, rows):
     return np.concatenate([np.concatenate([c[r] for c in columns], 2) for r in rows], 1)
 
 
+PANELS = (("reward (FSM)", ("reward", "judge")), ("velocity KL", ("kl",)), ("held-out FaceSim", ("facesim", "judge")),
+          ("held-out motion", ("motion",)))  # fmt: skip
+
+
 def draw_curves(log, path):
+    """The log's rows, one a step or a watch, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, names, title in zip(axes, (("reward", "judge"), ("kl",)), ("reward (FSM)", "velocity KL")):
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
+    for axis, (title, names) in zip(axes, PANELS):
         for name in names:
-            points = [(r["step"], r[name]) for r in log if r.get(name) is not None]
+            lines = [(r["step"], r["held_out"] if title.startswith("held") else r)
+                     for r in log if ("held_out" in r) == title.startswith("held")]  # fmt: skip
+            points = [(step, line[name]) for step, line in lines if line.get(name) is not None]
             if points:
                 axis.plot(*zip(*points), marker=".", label=name)
+                axis.legend()
         axis.set(xlabel="step", title=title)
-        axis.legend()
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def check(options):
-    """Refuse what cannot work before anything is loaded or written."""
-    if options.model not in CONFIGS:
-        raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    choices = dict(objective=("ipro", "sft"), optimizer=("adam", "muon"), people=("largest", "all"),
-                   kl_weighting=("sigma", "dt", "uniform"), fsm=("pool", "first", "aligned"))  # fmt: skip
-    for name, allowed in choices.items():
-        if getattr(options, name) not in allowed:
-            raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
-    for name in ("steps", "batch", "sampling_steps", "window", "save_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: at least 1")
-    if options.window > options.sampling_steps:
-        raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
-    if options.objective == "ipro" and options.lora_rank < 1:
-        raise UserError("--lora_rank 0: ipro needs the LoRA, with which off the model is the KL's reference")
-    out = Path(options.out)
-    saved = out / "options.json"
-    if options.resume:
-        if not saved.is_file():
-            raise UserError(f"--resume: {out} holds no run (no options.json)")
-        before = json.loads(saved.read_text())
-        changed = [k for k, v in dataclasses.asdict(options).items() if k != "resume" and before.get(k) != v]
-        if changed:
-            raise UserError(f"--resume: {out} was run with another --{changed[0]} ({before.get(changed[0])})")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists and is not empty; name another folder, or continue it with --resume")
+class Log:
+    """log.jsonl, a line a step (or a watch, under `held_out`), and TensorBoard's files where that is installed.
+
+    A resumed run keeps the lines of the steps before `start`. Only rank 0 writes.
+    """
+
+    def __init__(self, out, start, rank):
+        self.rows, self.file, self.board = [], None, None
+        if rank > 0:
+            return
+        path = out / "log.jsonl"
+        if path.exists():
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            self.rows = [r for r in rows if r["step"] < start or (r["step"] == start and "held_out" in r)]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        part.replace(path)
+        self.file = open(path, "a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard", purge_step=start)
+        except ImportError:  # TensorBoard is a wish, not a need
+            pass
+
+    def write(self, row):
+        row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+        self.rows.append(row)
+        if self.file is not None:
+            print(json.dumps(row), file=self.file, flush=True)
+        if self.board is not None:
+            place, shown = ("held_out/", row["held_out"]) if "held_out" in row else ("", row)
+            for name, value in shown.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.board.add_scalar(place + name, value, row["step"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def prepare(options, ranks, device):
+    """The `Run` of a model, distributed over the ranks, before it has a reward."""
+    full, many = options.lora_rank == 0, dist.is_initialized()
+    dtype = torch.float32 if full else None  # all weights: fp32 masters, autocast computes in bf16
+    wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and many else None)
+    tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
+    wan.dit.offload = tuned.offload = options.offload
+    tuned.checkpointing = options.checkpointing
+    part = "low" if isinstance(wan.dit, Experts) else "dit"
+    if full:
+        reference = wan.load(part) if options.objective == "ipro" else None  # a frozen copy, sharded as well
+        tuned.requires_grad_(True)
+        model = tuned
+    else:
+        add_lora(tuned, options.lora_rank)
+        model = DistributedDataParallel(tuned, broadcast_buffers=False) if many else tuned
+
+        def reference(*inputs):
+            with lora_disabled(tuned):
+                return tuned(*inputs)
+
+    if options.compile:
+        for block in tuned.blocks:
+            block.compile()
+    schedule = sigmas(options.sampling_steps, wan.preset.shift)
+    return Run(wan, tuned, model, reference, options, schedule, ranks / options.batch)
+
+
+def step_inputs(job, clips, step, numbers):
+    """The batch and the noise of samples `numbers` of a step: by seed, step and number, whatever the ranks are."""
+    options = job.options
+    batch = batch_at(clips, options, step, numbers)
+    shape = clips.latent_shape(job.wan.preset, batch["row"][0])
+    noise = torch.stack([noise_like(shape, options.seed, step, k) for k in numbers]).to(clips.device)
+    u = [(k + np.random.default_rng([options.seed, step, k]).random()) / options.batch for k in numbers]  # stratified
+    return batch | dict(u=torch.tensor(u, dtype=torch.float32, device=clips.device)), noise
+
+
+def take_step(job, clips, step, micro_batches, steppers):
+    """One optimisation step of all ranks; returns its line of the log, with `skipped` true if nothing was changed.
+
+    Where a reward, a loss or a gradient is not finite on any rank, none of them steps.
+    """
+    rows, hold = [], getattr(job.model, "no_sync", contextlib.nullcontext)
+    for numbers in micro_batches:
+        batch, noise = step_inputs(job, clips, step, numbers)
+        with contextlib.nullcontext() if numbers is micro_batches[-1] else hold():
+            rows += OBJECTIVES[job.options.objective](job, batch, noise, hold)
+    rows = gathered(rows)
+    parameters = [p for p in job.tuned.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, job.options.grad_clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    values = [v for row in rows for v in row.values() if v is not None]
+    finite = bool(np.isfinite([norm, *values]).all())
+    for optimizer in steppers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(job.options, step)
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    return averaged(rows) | dict(grad_norm=norm, skipped=not finite)
 
 
 def main():
-    options = parse_options(TrainOptions, doc=__doc__)
+    options = resolve(given_options(TrainOptions, doc=__doc__))
+    if options.plan:
+        from plan import plan
+
+        return plan(options)
     check(options)
+    rank, ranks, device = start_ranks()
+    micro_batches = samples_of(options, rank, ranks)
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    out, folder, ipro = Path(options.out), Path(options.out) / "checkpoints", options.objective == "ipro"
     torch.manual_seed(options.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ipro = options.objective == "ipro"
-    wan = load_model(options.model, options.ckpt, device)
     clips = Clips(options.data, "train", device)
-    out = Path(options.out)
+    job = prepare(options, ranks, device)
     if ipro:
         guards = {k: getattr(options, k) for k in ("pool_first", "score_first", "min_face", "min_score")}
-        reward = FaceReward.from_folder(options.faces, device, **guards)
-        print(f"face detector on {reward.detector.provider}")
-        judge = Judge(options.judge, clips, device) if options.judge else None
+        job.reward = FaceReward.from_folder(options.faces, device, **guards)
+        job.judge = Judge(options.judge, clips, device) if options.judge else None
+        say(f"face detector on {job.reward.detector.provider}")
         unseen = Clips(options.data, "heldout", device)
-        rows = unseen.spread(options.eval_clips)
-        measure = functools.partial(held_out, wan, reward, unseen, rows, options.sampling_steps,
-                                    judge=judge.reward if judge else None)  # fmt: skip
-        before, videos_before = measure()
-        print(table([("before", summary(before))]), flush=True)
-    if options.lora_rank:
-        parameters = add_lora(wan.dit, options.lora_rank)
-    else:
-        parameters = list(wan.dit.requires_grad_(True).parameters())
-    steppers = optimizers(options, wan.dit)
+        chosen = unseen.spread(options.eval_clips)
+        watch = functools.partial(held_out, job.wan, job.reward, unseen, chosen, options.sampling_steps,
+                                  judge=job.judge and job.judge.reward)  # fmt: skip
+        before, videos_before = watch()
+        inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(chosen, videos_before)]
+        say(table([("before", summary(before))]))
+    steppers = optimizers(options, job.tuned)
 
-    out.mkdir(parents=True, exist_ok=True)
-    saved = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
-    (out / "options.json").write_text(json.dumps(saved, indent=1))
-    start, log = 0, []
-    if options.resume and (out / "state.pt").exists():
-        state = torch.load(out / "state.pt", map_location=device, weights_only=True)
-        with torch.no_grad():
-            for p, value in zip(parameters, state["parameters"]):
-                p.copy_(value)
-        for optimizer, value in zip(steppers, state["optimizers"]):
-            optimizer.load_state_dict(value)
-        start, log = state["step"], state["log"]
-
-    shape = wan.preset.dit.out_dim, *latent_size(wan.preset, wan.preset.frames, wan.preset.size)
-    schedule = sigmas(options.sampling_steps, wan.preset.shift)
-    with open(out / "log.jsonl", "w") as file:
-        for row in log:
-            print(json.dumps(row), file=file)
-        bar = tqdm(range(start, options.steps), initial=start, total=options.steps, desc=options.objective)
-        for step in bar:
-            begin = time.perf_counter()
-            batch, chosen = batch_at(clips, options, step)
-            noise = torch.stack([noise_like(shape, options.seed, step, k) for k in range(options.batch)]).to(device)
-            for group in (g for optimizer in steppers for g in optimizer.param_groups):
-                group["lr"] = learning_rate(options, step)
-            if ipro:
-                judged = (lambda b, video, chosen=chosen: judge(chosen[b], video)) if judge else (lambda *_: None)
-                row = ipro_step(wan, reward, batch, options, schedule, noise, judged)
-            else:
-                u = np.random.default_rng([options.seed, step]).random(options.batch)
-                u = torch.from_numpy((np.arange(options.batch) + u) / options.batch).float()  # stratified
-                row = sft_step(wan, batch, options, noise, u.to(device))
-            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip))
-            for optimizer in steppers:
-                optimizer.step()
-                optimizer.zero_grad()
-            row = dict(step=step, **row, seconds=round(time.perf_counter() - begin, 3))
-            log.append(row)
-            print(json.dumps(row), file=file, flush=True)
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "kl", "loss") if row.get(k) is not None})
-            if (step + 1) % options.save_every == 0:
-                state = dict(parameters=[p.detach() for p in parameters], optimizers=[o.state_dict() for o in steppers])
-                torch.save(dict(state, step=step + 1, log=log), out / "state.part")
-                os.replace(out / "state.part", out / "state.pt")
-
-    if options.lora_rank:
-        save_lora(wan.dit, out / "lora.safetensors")
-    else:
-        write_safetensors({k: v.half().contiguous() for k, v in wan.dit.state_dict().items()}, out / "dit.safetensors")
-    if not ipro:
-        return
-    draw_curves(log, out / "curves.png")
-    after, videos_after = measure()
-    inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(rows, videos_before)]
-    shown = side_by_side([inputs, videos_before, videos_after], range(min(6, len(rows))))
-    write_video(out / "before_after.mp4", shown, wan.preset.fps)
-    print(table([("before", summary(before)), ("after", summary(after))]))
+    if rank == 0:
+        try:
+            (out / "watch").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
+        saved = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
+        (out / "options.part").write_text(json.dumps(saved, indent=1))
+        (out / "options.part").replace(out / "options.json")
+    start = 0
+    if options.resume and (found := newest_checkpoint(folder, rank, ranks)):
+        start = load_checkpoint(found, job.tuned, steppers, rank)
+        say(f"{found}: going on from step {start}")
+    log = Log(out, start, rank)
+    if ipro and start == 0:
+        log.write(dict(step=0, held_out=summary(before)))
+    export = functools.partial(export_weights, job, rank=rank)
+    signals = []
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: signals.append(number))
+    in_a_row = 0
+    bar = tqdm(range(start, options.steps), options.objective, initial=start, total=options.steps, disable=rank > 0)
+    for step in bar:
+        begin = time.perf_counter()
+        line = take_step(job, clips, step, micro_batches, steppers)
+        log.write(dict(step=step, **line, seconds=round(time.perf_counter() - begin, 3)))
+        bar.set_postfix({k: f"{line[k]:.3f}" for k in ("reward", "kl", "loss") if line.get(k) is not None})
+        in_a_row = in_a_row + 1 if line["skipped"] else 0
+        gone, stopped = step + 1, any(gathered([bool(signals)]))
+        broken = in_a_row == options.max_skips
+        if gone % options.save_every == 0 or gone == options.steps or stopped or broken:
+            save_checkpoint(folder, gone, job.tuned, steppers, export, rank, options.keep)
+        if broken:
+            raise UserError(
+                f"{in_a_row} steps in a row without a finite reward, loss and gradient (see {out / 'log.jsonl'}); the "
+                f"weights of the last good one are in {folder / f'step-{gone:06}'}"
+            )
+        if stopped:
+            say(f"stopped by a signal after step {gone}; go on with: --resume --out {out}")
+            return
+        if ipro and options.watch_every and gone % options.watch_every == 0 and gone < options.steps:
+            results, videos = watch()
+            log.write(dict(step=gone, held_out=summary(results)))
+            if rank == 0:
+                shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
+                write_video(out / "watch" / f"step-{gone:06}.mp4", shown, job.wan.preset.fps)
+                draw_curves(log.rows, out / "curves.png")
+    if ipro:
+        after, videos = watch()
+        log.write(dict(step=options.steps, held_out=summary(after)))
+    export(out)
+    if rank == 0:
+        draw_curves(log.rows, out / "curves.png")
+    if ipro and rank == 0:
+        shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
+        write_video(out / "before_after.mp4", shown, job.wan.preset.fps)
+        print(table([("before", summary(before)), ("after", summary(after))]))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

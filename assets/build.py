@@ -96,20 +96,7 @@ def write_times(times):
 
 TRAIN, HELDOUT, CLIPS_EACH = range(600), range(10000, 10060), 4
 SHIP_BYTES = 6_000_000  # with what data.py caches of them, about 15 MB
-DIT_RECIPE = [
-    "--steps",
-    3000,
-    "--batch",
-    8,
-    "--lr",
-    1e-3,
-    "--warmup",
-    100,
-    "--decay",
-    0.5,
-    "--save_every",
-    200,
-]
+DIT_RECIPE = "--optimizer muon --steps 3000 --batch 8 --lr 2e-3 --warmup 100 --decay 0.6 --save_every 200".split()
 
 
 def encode_mp4(frames, fps):

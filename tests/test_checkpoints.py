@@ -1,8 +1,13 @@
 """Checkpoints in every layout, against files that diffusers and transformers wrote; wrong files; LoRAs; sampling."""
 
+import copy
 import dataclasses
 import json
 import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import model
 import sample
 from model import (
     CONFIGS,
@@ -23,8 +29,10 @@ from model import (
     add_lora,
     load_model,
     load_weights,
+    lora_layers,
     merge_lora,
     save_lora,
+    tokenize,
 )
 from sample import condition, guided, rollout, sigmas, unipc
 
@@ -77,7 +85,7 @@ def transformers_umt5(cfg):
 
 
 def write_tokenizer(path):
-    words = ["<pad>", "</s>", "<unk>", "a", "man", "woman", "turns", "left", "smiles"]
+    words = ["<pad>", "</s>", "<unk>", "a", "man", "woman", "turns", "left", "smiles", "'", '"']
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +143,6 @@ def world(tmp_path_factory):
 @pytest.fixture
 def tmp_native(world, tmp_path):
     """A copy of the native wan5b folder, to damage."""
-    import shutil
-
     return shutil.copytree(world[0] / "native-wan5b", tmp_path / "ckpt")
 
 
@@ -183,6 +189,28 @@ def test_prompts_are_encoded_as_transformers_does(world):
     reference = theirs["wan5b"]["text_encoder"](ids, mask).last_hidden_state * mask[..., None]
     assert (context - reference).abs().max() < 1e-4
     assert (context[0, 5:] == 0).all()
+    half = load_model("wan5b", root / "diffusers-wan5b", dtype=torch.bfloat16).encode_text(["a man turns left"])
+    ids, mask = torch.tensor([[3, 4, 6, 7] + [0] * 8]), (torch.arange(12) < 4).long()[None]
+    encoders = [f(theirs["wan5b"]["text_encoder"]) for f in (lambda m: m, lambda m: copy.deepcopy(m).bfloat16())]
+    exact, rounded = (m(ids, mask).last_hidden_state.float() * mask[..., None] for m in encoders)
+    assert 0 < (half - exact).abs().mean() <= 1.1 * (rounded - exact).abs().mean()
+
+
+def test_prompts_are_cleaned_and_the_tokenizers_own_padding_and_cutting_are_off(world, tmp_path):
+    folder = shutil.copytree(world[0] / "native-wan5b", tmp_path / "ckpt")
+    file = folder / "google/umt5-xxl/tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_padding(length=9)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(file))
+    tokenizer = load_model("wan5b", folder).tokenizer
+    ids, mask = tokenize(["man\u3000 turns\n left &amp;lt; a", "it\u2019s \u201ca man\u201d"], tokenizer, 12)
+    assert ids[0].tolist() == [4, 6, 7, 2, 3] + [0] * 7 and mask[0].tolist() == [1] * 5 + [0] * 7
+    assert ids[1, [1, 3, 6]].tolist() == [9, 10, 10]
+    straight, _ = tokenize(['it\'s "a man"'], tokenizer, 12)
+    assert torch.equal(ids[1:], straight)
+    with pytest.raises(UserError, match="13 tokens, the model reads 12"):
+        tokenize(["man " * 13], tokenizer, 12)
 
 
 @pytest.mark.parametrize("name", ["wan5b", "wan14b"])
@@ -207,7 +235,10 @@ def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world
     arguments = ["--image", tmp_path / "face.png", "--prompt", "a man smiles", "--out", out, "--model", name,
                  "--ckpt", world[0] / f"{layout}-{name}", *(["--solver", solver] if solver else [])]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["sample.py", *map(str, arguments)])
+    prompts = []
+    monkeypatch.setattr(model, "tokenize", lambda p, *rest: prompts.extend(p) or tokenize(["a man"] * len(p), *rest))
     sample.main()
+    assert prompts == ["a man smiles", sample.NEGATIVE]  # both presets have guidance on
     frames, fps = sample.read_video(out)
     assert frames.shape == (9, 64, 64, 3) and fps == CONFIGS[name].fps
     assert f"{out}: 9 frames of 64x64" in capsys.readouterr().out
@@ -265,6 +296,65 @@ def test_fp8_scaled_files_are_dequantised(suffix, shape, tmp_path):
         assert (error <= 0.07 * source[key].abs() + 1e-3).all(), key  # fp8 e4m3 has 3 bits of mantissa
 
 
+@pytest.mark.parametrize("harm", ["lost", "block"])
+def test_fp8_values_without_a_scale_that_fits_are_refused(harm, tmp_path):
+    state = random_values(WanDiT(DIT5)).state_dict()
+    for k in (0, 1):
+        key = f"blocks.{k}.ffn.0.weight"
+        state[key] = state[key].to(torch.float8_e4m3fn)
+        state[key.replace("weight", "scale_weight")] = torch.ones(())
+    if harm == "lost":
+        del state["blocks.1.ffn.0.scale_weight"]
+    else:
+        state["blocks.1.ffn.0.scale_weight"] = torch.ones(80, 3)
+    save_file(state, tmp_path / "fp8.safetensors")
+    with pytest.raises(UserError, match=r"1 without a scale that fits \(blocks.1.ffn.0.weight\)"):
+        load_weights(WanDiT(DIT5), tmp_path / "fp8.safetensors")
+    save_file({k: v for k, v in state.items() if "scale" not in k}, tmp_path / "plain.safetensors")  # needs no scales
+    assert load_weights(WanDiT(DIT5), tmp_path / "plain.safetensors").precision == "fp32+fp8"
+
+
+def test_an_fp8_scale_may_lie_in_another_shard(tmp_path):
+    state = random_values(WanDiT(DIT5)).state_dict()
+    key, scale = "blocks.0.ffn.0.weight", torch.tensor(0.25)
+    state[key] = state[key].to(torch.float8_e4m3fn)
+    save_file(state, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"blocks.0.ffn.0.weight_scale": scale}, tmp_path / "model-00002-of-00002.safetensors")
+    where = {k: f"model-0000{1 + ('scale' in k)}-of-00002.safetensors" for k in (*state, "blocks.0.ffn.0.weight_scale")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=where)))
+    dit = WanDiT(DIT5)
+    load_weights(dit, tmp_path)
+    assert torch.equal(dit.state_dict()[key], state[key].float() * scale)
+
+
+LOAD = """
+import re, sys, torch, model
+from model import DiTConfig, WanDiT, load_weights
+model.MAPPED = 20 * 2**20
+cfg = DiTConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=64)
+with torch.device("meta"):
+    dit = WanDiT(cfg)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+load_weights(dit, sys.argv[1], "cpu", torch.bfloat16)
+print(peak() - before, sum(p.nbytes for p in dit.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_peak_memory_is_the_model_and_what_is_mapped_at_a_time(suffix, tmp_path):
+    """Of ONE file that holds the whole network: resident memory must not be the model twice."""
+    with torch.device("meta"):
+        dit = WanDiT(DiTConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=64))
+    state = {k: torch.zeros(v.shape, dtype=torch.bfloat16) for k, v in dit.state_dict().items()}
+    (save_file if suffix == "safetensors" else torch.save)(state, tmp_path / f"dit.{suffix}")
+    code = [sys.executable, "-c", LOAD, str(tmp_path / f"dit.{suffix}")]
+    done = subprocess.run(code, cwd=Path(model.__file__).parent, capture_output=True, text=True, check=True)
+    grown, size = map(int, done.stdout.split())
+    assert size < grown < size + 90e6, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+
+
 def test_loading_holds_one_tensor_at_a_time_on_the_meta_device(tmp_path):
     """A network that starts on the meta device ends with its own memory, not the file's pages."""
     write_shards(random_values(WanDiT(DIT5)).state_dict(), tmp_path / "shards")
@@ -306,6 +396,14 @@ def damage_extra_keys(folder):
     file = sorted(folder.glob("diffusion*.safetensors"))[0]
     save_file(load_file(file) | {"blocks.0.adapter.weight": torch.zeros(2)}, file)
     return ["1 unexpected (blocks.0.adapter.weight)", "native layout"]
+
+
+def damage_twice(folder):
+    files = sorted(folder.glob("diffusion*.safetensors"))
+    first = load_file(files[0])
+    name = next(iter(first))
+    save_file(load_file(files[1]) | {name: first[name]}, files[1])
+    return [f"{name} is in another shard too", files[1].name]
 
 
 def damage_types(folder):
@@ -358,8 +456,6 @@ def damage_wrong_vae(folder):
 
 @pytest.mark.parametrize("damage", [v for k, v in list(globals().items()) if k.startswith("damage_")])
 def test_a_damaged_folder_is_one_clear_error(damage, tmp_native, tmp_path):
-    from pathlib import Path
-
     words = damage(tmp_native)
     with pytest.raises(UserError) as error:
         load_model("wan5b", tmp_native)
@@ -380,6 +476,15 @@ def test_the_wrong_model_is_named_as_what_it_is(world, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             load_weights(WanDiT(DIT5), path)
+    for name, folder, words in (
+        ("wan5b", "native-wan14b", r"A14B's high-noise expert \(high_noise_model\), A14B's low-noise expert"),
+        ("wan5b", "native-wan14b/high_noise_model", r"this is A14B's high-noise expert \(\.\)"),
+        ("wan5b", "diffusers-wan14b", "this is A14B's high-noise expert, wan5b's transformer was asked for"),
+        ("wan5b", "comfy-wan14b", r"this is A14B's high-noise expert \(diffusion_models/wan2.2_high"),
+        ("wan14b", "native-wan5b", r"no low-noise expert in it \(this is wan5b's transformer"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_model(name, root / folder)
     dit = WanDiT(DIT5)
     add_lora(dit, 2)
     save_lora(dit, tmp_path / "lora.safetensors")
@@ -387,9 +492,29 @@ def test_the_wrong_model_is_named_as_what_it_is(world, tmp_path):
         load_weights(WanDiT(DIT5), tmp_path / "lora.safetensors")
 
 
-def test_swapped_and_doubled_experts_are_refused(world, tmp_path):
-    import shutil
+def test_a_flat_folder_of_single_files_and_an_expert_with_a_fault_are_read_by_content(world, tmp_path):
+    root, _ = world
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (root / "comfy-wan5b").rglob("*.*"):
+        if file.is_file():
+            shutil.copy(file, flat / file.name)
+    assert load_model("wan5b", flat).dit.cfg == DIT5
+    (flat / "below").mkdir()
+    for file in flat.glob("*.safetensors"):
+        if "vae" not in file.name:  # a VAE alone in the folder is not taken for the transformer
+            file.rename(flat / "below" / file.name)
+    assert load_model("wan5b", flat).dit.cfg == DIT5
+    folder = shutil.copytree(root / "native-wan14b", tmp_path / "fault")
+    file = next((folder / "low_noise_model").glob("*.safetensors"))
+    state = load_file(file)
+    lost = next(iter(state))
+    save_file({k: v for k, v in state.items() if k != lost}, file)
+    with pytest.raises(UserError, match=rf"not quite A14B's low-noise expert; .* 1 missing \({lost}\)"):
+        load_model("wan14b", folder)
 
+
+def test_swapped_and_doubled_experts_are_refused(world, tmp_path):
     folder = shutil.copytree(world[0] / "native-wan14b", tmp_path / "twice")
     shutil.rmtree(folder / "low_noise_model")
     shutil.copytree(folder / "high_noise_model", folder / "low_noise_model")
@@ -460,8 +585,6 @@ def spelled(layers, style):
 
 @pytest.mark.parametrize("style", ["PEFT", "Diffusers", "Lightning", "kohya", "diff"])
 def test_loras_of_every_spelling_merge_to_the_same_model(style, tuned, tmp_path):
-    from model import lora_layers
-
     fresh, dit, distance = tuned
     stray = {
         "diffusion_model.blocks.0.cross_attn.k_img.diff": torch.zeros(48, 48),
@@ -469,10 +592,10 @@ def test_loras_of_every_spelling_merge_to_the_same_model(style, tuned, tmp_path)
     }
     state = {k: v.contiguous() for k, v in spelled(lora_layers(dit), style).items()}
     save_file(state | stray, tmp_path / "lora.safetensors")
-    model = fresh()
-    merged, unmatched = merge_lora(model, tmp_path / "lora.safetensors")
+    merging = fresh()
+    merged, unmatched = merge_lora(merging, tmp_path / "lora.safetensors")
     assert merged == 20 and unmatched == ["blocks.0.cross_attn.k_img", "img_emb.x"]
-    assert distance(model) < 1e-4
+    assert distance(merging) < 1e-4
 
 
 def test_a_whole_difference_reaches_norms_and_biases(tmp_path):
@@ -487,6 +610,38 @@ def test_a_whole_difference_reaches_norms_and_biases(tmp_path):
     assert torch.allclose(dit.blocks[1].norm3.bias, old["blocks.1.norm3.bias"] + 0.5)
 
 
+def test_differences_of_modulations_are_merged(tmp_path):
+    dit = random_values(WanDiT(DIT5))
+    old = {k: v.clone() for k, v in dit.state_dict().items()}
+    state = {"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 48), "head.modulation.diff": torch.ones(1, 2, 48)}
+    save_file(state, tmp_path / "a.safetensors")
+    assert merge_lora(dit, tmp_path / "a.safetensors") == (2, [])
+    changed = {k: v for k, v in dit.state_dict().items() if not torch.equal(v, old[k])}
+    assert changed.keys() == {"blocks.0.modulation", "head.modulation"}
+    assert all(torch.allclose(v, old[k] + 1) for k, v in changed.items())
+
+
+@pytest.mark.parametrize("place", ["PEFT", "Diffusers"])
+def test_an_alpha_outside_the_tensors_counts(place, tuned, tmp_path):
+    fresh, dit, distance = tuned  # its scale is alpha / rank = 2 / 4
+    state, metadata, file = {}, {}, tmp_path / "lora.safetensors"
+    for name, layer in lora_layers(dit).items():
+        state |= {f"{name}.lora_A.weight": layer.lora_A.detach(), f"{name}.lora_B.weight": layer.lora_B.detach()}
+    config = dict(r=4, lora_alpha=2)
+    if place == "PEFT":
+        file = tmp_path / "adapter_model.safetensors"
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+    save_file({f"transformer.{k}": v for k, v in state.items()}, file, metadata)
+    merging = fresh()
+    assert merge_lora(merging, file).merged == 20 and distance(merging) < 1e-4
+    if place == "PEFT":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+        with pytest.raises(UserError, match="use_rslora cannot be merged"):
+            merge_lora(fresh(), file)
+
+
 def test_half_a_pair_and_a_foreign_size_change_nothing(tuned, tmp_path):
     fresh, dit, _ = tuned
     save_lora(dit, tmp_path / "lora.safetensors")
@@ -495,13 +650,15 @@ def test_half_a_pair_and_a_foreign_size_change_nothing(tuned, tmp_path):
     for state, words in (
         ({k: v for k, v in whole.items() if k != name}, "half of its update"),
         (whole | {name: torch.zeros(50, 4)}, "a LoRA of another model"),
+        (whole | {"diffusion_model.blocks.1.ffn.2.dora_scale": torch.ones(48)}, "dora_scale is no kind of update"),
+        (whole | {name.replace("weight", "bias"): torch.ones(48)}, "lora_B.bias is no kind of update"),
     ):
         save_file(state, tmp_path / "bad.safetensors")
-        model = fresh()
-        before = {k: v.clone() for k, v in model.state_dict().items()}
+        merging = fresh()
+        before = {k: v.clone() for k, v in merging.state_dict().items()}
         with pytest.raises(UserError, match=words):
-            merge_lora(model, tmp_path / "bad.safetensors")
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            merge_lora(merging, tmp_path / "bad.safetensors")
+        assert all(torch.equal(v, before[k]) for k, v in merging.state_dict().items())
 
 
 def test_diffusers_loads_what_we_save(tuned, world, tmp_path):

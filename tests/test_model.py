@@ -1,10 +1,10 @@
 """The networks against diffusers and transformers on random weights, and what they promise about caches and LoRA."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model import (
     CONFIGS,
@@ -16,6 +16,7 @@ from model import (
     WanDiT,
     WanVAE,
     add_lora,
+    latent_window,
     load_weights,
     lora_disabled,
     merge_lora,
@@ -44,23 +45,11 @@ def randomise(module, scale=0.3):
     return module
 
 
-DIT_NAMES = [
-    (r"\.self_attn\.", ".attn1."), (r"\.cross_attn\.", ".attn2."), (r"(attn\d)\.(q|k|v)\.", r"\1.to_\2."),
-    (r"(attn\d)\.o\.", r"\1.to_out.0."), (r"\.norm3\.", ".norm2."), (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-    (r"\.ffn\.2\.", ".ffn.net.2."), (r"modulation", "scale_shift_table"), (r"^head\.head\.", "proj_out."),
-    (r"^head\.", ""), (r"^(text|time)_embedding\.0", r"condition_embedder.\1_embedder.linear_1"),
-    (r"^(text|time)_embedding\.2", r"condition_embedder.\1_embedder.linear_2"),
-    (r"^time_projection\.1", "condition_embedder.time_proj"),
-]  # fmt: skip
-
-
-def renamed(state, rules):
-    out = {}
-    for key, value in state.items():
-        for pattern, new in rules:
-            key = re.sub(pattern, new, key)
-        out[key] = value
-    return out
+def same_weights(ours, theirs, folder, scale=0.3):
+    """Random weights for a reference network; ours reads them from the file that it would write."""
+    randomise(theirs, scale).eval().requires_grad_(False)
+    save_file({k: v.clone() for k, v in theirs.state_dict().items()}, folder / "theirs.safetensors")
+    load_weights(ours, folder / "theirs.safetensors")
 
 
 def reference_dit(cfg):
@@ -73,23 +62,41 @@ def reference_dit(cfg):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(3, 4, 6), (1, 10, 2), (5, 2, 8)])
-def test_dit_equals_diffusers_with_per_frame_timesteps_and_input_gradients(size):
-    ours = randomise(WanDiT(SMALL))
-    theirs = reference_dit(SMALL)
-    theirs.load_state_dict(renamed(ours.state_dict(), DIT_NAMES))
-    x = torch.randn(2, 12, *size, requires_grad=True)
-    x_ref = x.detach().clone().requires_grad_()
-    context = torch.randn(2, 16, 40)
-    t = torch.tensor([[0.0] + [875.0] * (size[0] - 1), [0.0] + [417.3] * (size[0] - 1)])
-    v = ours(x, t, context)
-    per_token = t.repeat_interleave(size[1] * size[2] // 4, 1)
-    v_ref = theirs(x_ref, per_token, context, return_dict=False)[0]
-    assert (v - v_ref).abs().max() < 1e-4  # fp32; the reference rotates q and k in fp64
+def compare_dit(cfg, size, t, folder, dtype, tolerance):
+    """Values, and gradients at latent, text and conditioning, of our DiT and diffusers'; t [2] or [2, F']."""
+    ours, theirs = WanDiT(cfg).to(dtype), reference_dit(cfg).to(dtype)
+    same_weights(ours, theirs, folder)
+    ours.requires_grad_(False)
+    extra = cfg.in_dim - cfg.out_dim
+    inputs = [torch.randn(2, cfg.out_dim, *size), torch.randn(2, 16, 40), torch.randn(2, extra, *size)]
+    a, b = ([v.to(dtype).requires_grad_() for v in inputs] for _ in range(2))
+    v = ours(a[0], t, a[1], a[2] if extra else None)
+    per_token = t if t.dim() == 1 else t.repeat_interleave(size[1] * size[2] // 4, 1)
+    v_ref = theirs(torch.cat([b[0], b[2]], 1), per_token, b[1], return_dict=False)[0]
+    assert (v - v_ref).abs().max() < tolerance
     probe = torch.randn_like(v)
-    (v * probe).sum().backward()
-    (v_ref * probe).sum().backward()
-    assert (x.grad - x_ref.grad).abs().max() < 1e-4
+    used = slice(None if extra else 2)
+    ours_grad, theirs_grad = (torch.autograd.grad((u * probe).sum(), w[used]) for u, w in ((v, a), (v_ref, b)))
+    for g, g_ref in zip(ours_grad, theirs_grad, strict=True):
+        assert g_ref.abs().max() > 0.01 and (g - g_ref).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("size", [(3, 4, 6), (1, 10, 2), (5, 2, 8)])
+def test_dit_equals_diffusers_with_per_frame_timesteps(size, tmp_path):
+    t = torch.tensor([[0.0] + [875.0] * (size[0] - 1), [0.0] + [417.3] * (size[0] - 1)])
+    compare_dit(SMALL, size, t, tmp_path, torch.float32, 1e-4)
+
+
+@pytest.mark.parametrize("size", [(3, 4, 6), (2, 6, 2)])
+def test_dit_equals_diffusers_with_the_conditioning_on_channels(size, tmp_path):
+    cfg = dataclasses.replace(SMALL, in_dim=14, out_dim=5)
+    compare_dit(cfg, size, torch.tensor([931.0, 24.0]), tmp_path, torch.float32, 1e-4)
+
+
+def test_dit_equals_diffusers_in_fp64(tmp_path, monkeypatch):
+    """Without the reference's casts to fp32, and at t = 0, whose embedding it cannot compute in more than fp32."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    compare_dit(SMALL, (3, 4, 6), torch.zeros(2, dtype=torch.float64), tmp_path, torch.float64, 1e-9)
 
 
 def test_dit_pads_the_context_with_zeros_and_takes_one_timestep_a_sample():
@@ -109,54 +116,49 @@ def test_dit_names_a_wrong_size():
 
 
 VAE_SMALL = VAEConfig(dim=8, dec_dim=12, z_dim=6, num_res_blocks=1)
-BLOCK = [
-    (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
-    (r"residual\.6\.", "conv2."), (r"\.shortcut\.", ".conv_shortcut."),
-]  # fmt: skip
+VAE21_SMALL = VAEConfig(dim=8, dec_dim=8, z_dim=6, patch_size=1)
 
 
-def reference_vae(ours, cfg):
-    """diffusers' autoencoder with our weights; its modules are listed in the same order as ours."""
+def reference_vae(cfg):
     AutoencoderKLWan = pytest.importorskip("diffusers").AutoencoderKLWan
 
-    theirs = AutoencoderKLWan(
-        base_dim=cfg.dim, decoder_base_dim=cfg.dec_dim, z_dim=cfg.z_dim, dim_mult=list(cfg.dim_mult),
-        num_res_blocks=cfg.num_res_blocks, temperal_downsample=list(cfg.temporal_downsample), is_residual=True,
-        in_channels=3 * cfg.patch_size**2, out_channels=3 * cfg.patch_size**2, patch_size=cfg.patch_size,
-        latents_mean=[0.0] * cfg.z_dim, latents_std=[1.0] * cfg.z_dim,
+    extra = {} if cfg.patch_size == 1 else dict(
+        is_residual=True, decoder_base_dim=cfg.dec_dim, patch_size=2, in_channels=12, out_channels=12,
+        scale_factor_spatial=16,
     )  # fmt: skip
-    last = cfg.num_res_blocks
-    rules = [
-        (r"^conv1\.", "quant_conv."), (r"^conv2\.", "post_quant_conv."), (r"coder\.conv1\.", "coder.conv_in."),
-        (r"coder\.head\.0\.", "coder.norm_out."), (r"coder\.head\.2\.", "coder.conv_out."),
-        (r"\.middle\.0\.", ".mid_block.resnets.0."), (r"\.middle\.2\.", ".mid_block.resnets.1."),
-        (r"\.middle\.1\.", ".mid_block.attentions.0."),
-        (rf"\.downsamples\.(\d+)\.downsamples\.{last}\.", r".down_blocks.\1.downsampler."),
-        (r"\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
-        (rf"\.upsamples\.(\d+)\.upsamples\.{last + 1}\.", r".up_blocks.\1.upsampler."),
-        (r"\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r".up_blocks.\1.resnets.\2."), *BLOCK,
-    ]  # fmt: skip
-    theirs.load_state_dict(renamed(ours.state_dict(), rules))
-    return theirs
+    return AutoencoderKLWan(
+        base_dim=cfg.dim, z_dim=cfg.z_dim, dim_mult=list(cfg.dim_mult), num_res_blocks=cfg.num_res_blocks,
+        temperal_downsample=list(cfg.temporal_downsample), latents_mean=[0.0] * cfg.z_dim,
+        latents_std=[1.0] * cfg.z_dim, **extra,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("frames, size", [(1, (32, 48)), (5, (16, 32)), (13, (48, 16))])
-def test_vae_equals_diffusers_in_values_and_input_gradients(frames, size):
-    ours = randomise(WanVAE(VAE_SMALL), 0.1)
-    theirs = reference_vae(ours, VAE_SMALL)
-    video = torch.rand(1, 3, frames, *size) * 2 - 1
-    latent = ours.encode(video)
-    assert latent.shape == (1, 6, (frames - 1) // 4 + 1, size[0] // 16, size[1] // 16)
-    assert (latent - theirs.encode(video).latent_dist.mode()).abs().max() < 1e-4  # fp32
-    a, b = (torch.randn_like(latent).mul_(0).add_(latent.detach()).requires_grad_() for _ in range(2))
-    out, ref = ours.decode(a), theirs.decode(b).sample
-    inside = ref.detach().abs() < 0.999  # the reference clamps its output to [-1, 1], ours does not
-    assert inside.float().mean() > 0.5
-    assert ((out - ref) * inside).abs().max() < 1e-4
-    probe = torch.randn_like(out) * inside
-    (out * probe).sum().backward()
-    (ref * probe).sum().backward()
-    assert (a.grad - b.grad).abs().max() < 1e-3 * b.grad.abs().max()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("cfg, frames, size", [
+    (VAE_SMALL, 1, (32, 48)), (VAE_SMALL, 5, (16, 32)), (VAE_SMALL, 13, (48, 16)),
+    (VAE21_SMALL, 1, (16, 24)), (VAE21_SMALL, 9, (24, 8)),
+])  # fmt: skip
+def test_vae_equals_diffusers_in_values_and_input_gradients(cfg, frames, size, dtype, tolerance, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the reference resizes in fp32
+    ours, theirs = WanVAE(cfg).to(dtype), reference_vae(cfg).to(dtype)
+    same_weights(ours, theirs, tmp_path, 0.1)
+    ours.requires_grad_(False)
+
+    def compare(f, f_ref, x):
+        a, b = (x.detach().clone().requires_grad_() for _ in range(2))
+        out, ref = f(a), f_ref(b)
+        inside = ref.detach().abs() < 0.999  # the reference clamps pixels to [-1, 1], ours does not
+        assert inside.float().mean() > 0.5 and ((out - ref) * inside).abs().max() < tolerance
+        probe = torch.randn_like(out) * inside
+        g, g_ref = (torch.autograd.grad((v * probe).sum(), u)[0] for v, u in ((out, a), (ref, b)))
+        assert (g - g_ref).abs().max() < tolerance * g_ref.abs().max()
+        return out.detach()
+
+    video = torch.rand(1, 3, frames, *size, dtype=dtype) * 2 - 1
+    latent = compare(ours.encode, lambda v: theirs.encode(v).latent_dist.mode(), video)
+    side = cfg.stride[1]
+    assert latent.shape == (1, 6, (frames - 1) // 4 + 1, size[0] // side, size[1] // side)
+    compare(ours.decode, lambda z: theirs.decode(z).sample, latent)
 
 
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 1), (2, 2), (1, 3), (3, 1)])
@@ -170,7 +172,7 @@ def test_vae_decodes_the_same_in_any_chunks(cuts):
     assert torch.allclose(torch.cat(parts, 2), vae.decode(latent), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("frames", [1, 3, 4])
 def test_decoding_in_recomputed_chunks_has_the_same_values_and_gradient(frames):
     vae = randomise(WanVAE(VAE_SMALL), 0.1).double().requires_grad_(False)
     a, b = (torch.randn(1, 6, 4, 2, 3, generator=torch.Generator().manual_seed(0)).double() for _ in range(2))
@@ -182,26 +184,74 @@ def test_decoding_in_recomputed_chunks_has_the_same_values_and_gradient(frames):
     assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_a_frozen_vae_keeps_less_for_the_same_gradient():
+    vae = randomise(WanVAE(VAE_SMALL), 0.1).double()
+    latent, kept, grads = torch.randn(1, 6, 2, 2, 3).double().requires_grad_(), [], []
+    for trained in (True, False):
+        vae.requires_grad_(trained)
+        storages = {}
+
+        def pack(x, storages=storages):
+            if not isinstance(x, torch.nn.Parameter):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = vae.decode(latent).square().sum()
+        kept.append(sum(s.nbytes() for s in storages.values()))
+        grads.append(torch.autograd.grad(loss, latent)[0])
+    assert torch.allclose(*grads, rtol=1e-10, atol=1e-12)
+    assert kept[1] < 0.5 * kept[0], kept
+
+
+def test_a_windowed_decode_keeps_the_gradient_within_its_window():
+    vae = randomise(WanVAE(VAE_SMALL), 0.1).double().requires_grad_(False)
+    latent = torch.randn(1, 6, 3, 3, 4).double().requires_grad_()
+    video = vae.decode(latent)
+    probe = torch.zeros_like(video)
+    probe[:, :, 2:5, 17:30, 20:40] = torch.randn(1, 3, 3, 13, 20).double()
+    assert latent_window(probe, (4, 16, 16), 0) == (slice(0, 2), slice(1, 2), slice(1, 3))
+    (whole,) = torch.autograd.grad(video, latent, probe)
+
+    def windowed(margin, frames, probe=probe):
+        return torch.autograd.grad(vae.decode(latent, frames, margin), latent, probe)[0]
+
+    assert torch.equal(vae.decode(latent, None, 0), torch.cat([vae.decode_frames(latent)[0]], 2))
+    for frames in (None, 1):
+        assert torch.allclose(windowed(4, frames), whole, rtol=1e-9, atol=1e-12)  # the window is the frame
+    near = windowed(0, None)
+    assert near[:, :, :2, 1:2, 1:3].any() and not near[:, :, :, 0].any() and not near[:, :, 2].any()
+    assert not windowed(1, None, 0 * probe).any()
+
+
 def test_checkpointed_blocks_have_the_same_gradient():
     dit = randomise(WanDiT(SMALL)).double()
     x, t, context = torch.randn(1, 12, 2, 4, 4).double(), torch.tensor([300.0]), torch.randn(1, 5, 40).double()
     grads = []
-    for dit.checkpointing in (False, True):
+    for dit.checkpointing, dit.offload in ((False, False), (True, False), (True, True)):
         dit.zero_grad()
         dit(x, t, context).square().sum().backward()
         grads.append([p.grad.clone() for p in dit.parameters()])
-    assert all(torch.equal(p, q) for p, q in zip(*grads))
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(*grads))
 
 
 def test_vae_is_causal_and_holds_no_state():
     vae = randomise(WanVAE(VAE_SMALL), 0.1).double()
-    before = {k: id(v) for k, v in vars(vae.decoder).items()}
+    vae.requires_grad_(False)
+
+    def state():  # everything that any of its modules holds
+        held = {n: vars(m) | m._parameters | m._buffers for n, m in vae.named_modules()}
+        return {(n, k): id(v) for n, values in held.items() for k, v in values.items()}
+
+    before = state()
     latent = torch.randn(1, 6, 3, 2, 2).double()
     changed = latent.clone()
     changed[:, :, 2] += 1
     a, b = vae.decode(latent), vae.decode(changed)
     assert torch.equal(a[:, :, :5], b[:, :, :5]) and not torch.equal(a[:, :, 5:], b[:, :, 5:])
-    assert {k: id(v) for k, v in vars(vae.decoder).items()} == before
+    vae.decode(latent.requires_grad_(), 1).sum().backward()
+    vae.decode(latent, 2, 0)[:, :, :3].sum().backward()
+    assert state() == before and torch.equal(vae.decode(latent), a)
 
 
 def test_vae_scale_normalises_and_is_undone():
@@ -219,31 +269,20 @@ def test_vae_names_a_wrong_frame_count():
         WanVAE(VAE_SMALL).encode(torch.zeros(1, 3, 4, 16, 16))
 
 
-def test_umt5_equals_transformers():
+def test_umt5_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     cfg = UMT5Config(dim=48, dim_attn=32, dim_ffn=80, num_heads=4, num_layers=3, vocab_size=100)
     theirs = transformers.UMT5EncoderModel(transformers.UMT5Config(
         vocab_size=100, d_model=48, d_kv=8, d_ff=80, num_heads=4, num_layers=3, feed_forward_proj="gated-gelu",
         dropout_rate=0.0, relative_attention_num_buckets=32, relative_attention_max_distance=128,
     )).eval()  # fmt: skip
-    ours = randomise(UMT5(cfg), 1.0)
-    rules = [
-        (r"^token_embedding", "shared"), (r"^blocks\.(\d+)\.norm1", r"encoder.block.\1.layer.0.layer_norm"),
-        (r"^blocks\.(\d+)\.norm2", r"encoder.block.\1.layer.1.layer_norm"),
-        (r"^blocks\.(\d+)\.pos_embedding\.embedding", r"blocks.\1.attn.relative_attention_bias"),
-        (r"^blocks\.(\d+)\.attn", r"encoder.block.\1.layer.0.SelfAttention"),
-        (r"^blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
-        (r"^blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
-        (r"^blocks\.(\d+)\.ffn\.fc2", r"encoder.block.\1.layer.1.DenseReluDense.wo"),
-        (r"^norm\.", "encoder.final_layer_norm."),
-    ]  # fmt: skip
-    state = renamed(ours.state_dict(), rules)
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    theirs.load_state_dict(state)
+    ours = UMT5(cfg)
+    same_weights(ours, theirs, tmp_path, 1.0)
     ids = torch.randint(0, 100, (2, 150))
     mask = (torch.arange(150) < torch.tensor([[150], [37]])).long()
     reference = theirs(ids, mask).last_hidden_state * mask[..., None]
     assert (ours(ids, mask) - reference).abs().max() < 1e-4  # fp32
+    assert (ours.double()(ids, mask) - reference).abs().max() < 1e-4
 
 
 def test_lora_starts_at_the_reference_is_switched_off_saved_and_merged(tmp_path):

@@ -1,0 +1,313 @@
+"""What a reward-tuning step costs, ours against a plain one built from diffusers' parts.
+
+    python tests/bench_step.py              every table; about 25 minutes on two idle cores
+    python tests/bench_step.py --only step window frames parts share plan
+
+The plain step keeps one graph from the first window step through the decoder to the score: WanTransformer3DModel with
+its gradient checkpointing, AutoencoderKLWan.decode, a loop over frames through the same face encoder. Both sides have
+the same sizes, LoRA, steps (N = 8, K = 4) and faces (a fixed one in every frame: detection is the same work on both),
+random weights, fp32. Every run is a process of its own, so that its peak is its own: resident memory over what it was
+when the weights and a first small pass stood. Medians of --repeats.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+
+# name: DiT sizes, VAE sizes, pixels, face box in pixels
+SIZES = {
+    "tiny": (dict(), dict(), 128, 48),
+    "middle": (dict(dim=768, ffn_dim=3072, num_heads=12, num_layers=20, freq_dim=256, text_dim=512, text_len=128),
+               dict(dim=32, dec_dim=64, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
+                    temporal_downsample=(False, True, True)), 256, 64),
+}  # fmt: skip
+
+
+def resident():
+    """Bytes of this process in memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+class Peak:
+    """The most that `resident` was over its value at entry, sampled every 2 ms; and seconds."""
+
+    def __enter__(self):
+        self.base = self.top = resident()
+        self.on, self.begin = True, time.perf_counter()
+        self.thread = threading.Thread(target=self.sample)
+        self.thread.start()
+        return self
+
+    def sample(self):
+        while self.on:
+            self.top = max(self.top, resident())
+            time.sleep(0.002)
+
+    def __exit__(self, *_):
+        self.seconds, self.on = time.perf_counter() - self.begin, False
+        self.thread.join()
+        self.megabytes = (self.top - self.base) / 2**20
+
+
+def build(size, theirs):
+    """(preset, transformer, decode, pixels, face): random weights, frozen; `theirs` are diffusers' classes."""
+    import dataclasses
+
+    import torch
+
+    from model import CONFIGS, WanDiT, WanVAE
+
+    torch.manual_seed(0)
+    dit_sizes, vae_sizes, pixels, face = SIZES[size]
+    preset = CONFIGS["tiny"]
+    dit = dataclasses.replace(preset.dit, **dit_sizes)
+    vae = dataclasses.replace(preset.vae, **vae_sizes)
+    preset = dataclasses.replace(preset, dit=dit, vae=vae, size=(pixels, pixels))
+    if not theirs:
+        return preset, WanDiT(dit).requires_grad_(False), WanVAE(vae).requires_grad_(False), pixels, face
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    network = WanTransformer3DModel(
+        patch_size=dit.patch_size, num_attention_heads=dit.num_heads, attention_head_dim=dit.dim // dit.num_heads,
+        in_channels=dit.in_dim, out_channels=dit.out_dim, text_dim=dit.text_dim, freq_dim=dit.freq_dim,
+        ffn_dim=dit.ffn_dim, num_layers=dit.num_layers, cross_attn_norm=True, rope_max_seq_len=64,
+    ).requires_grad_(False)  # fmt: skip
+    channels = 3 * vae.patch_size**2
+    decoder = AutoencoderKLWan(
+        base_dim=vae.dim, decoder_base_dim=vae.dec_dim, z_dim=vae.z_dim, dim_mult=list(vae.dim_mult),
+        num_res_blocks=vae.num_res_blocks, temperal_downsample=list(vae.temporal_downsample), is_residual=True,
+        in_channels=channels, out_channels=channels, patch_size=vae.patch_size,
+        latents_mean=[0.0] * vae.z_dim, latents_std=[1.0] * vae.z_dim,
+    ).requires_grad_(False)  # fmt: skip
+    return preset, network, decoder, pixels, face
+
+
+def detector(face):
+    """A detector that sees one face of `face` px in the middle of every frame."""
+    import torch
+
+    from reward import TEMPLATE, Faces
+
+    def detect(frames):
+        corner = (torch.tensor(frames.shape[:1:-1]) - face) / 2  # x, y
+        points = corner + (TEMPLATE + 0.01) * face / 112
+        box = torch.cat([corner, corner + face])
+        return [Faces(box[None], torch.ones(1), points[None]) for _ in frames]
+
+    return detect
+
+
+def plain_velocity(network, x, sigma, context):
+    import torch
+
+    frames, tokens = x.shape[2], x.shape[3] * x.shape[4] // 4
+    t = torch.full((len(x), frames), 1000 * float(sigma))
+    t[:, 0] = 0
+    return network(x, t.repeat_interleave(tokens, 1), context, return_dict=False)[0]
+
+
+def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma, window, reference):
+    """Sampling, decoding and scoring in one graph, and its backward pass."""
+    import torch
+    import torch.nn.functional as F
+
+    from reward import align
+
+    x, loss, steps = torch.cat([first, noise[:, :, 1:]], 2), 0, len(sigma) - 1
+    for i in range(steps):
+        with torch.set_grad_enabled(i >= steps - window):
+            v = plain_velocity(network, x, sigma[i], context)
+            if i >= steps - window:
+                with torch.no_grad(), reference():
+                    v_ref = plain_velocity(network, x, sigma[i], context)
+                loss = loss + (v - v_ref)[:, :, 1:].square().mean() / (2 * float(sigma[i]) ** 2 * window)
+            x = x + float(sigma[i + 1] - sigma[i]) * v
+            x = torch.cat([first, x[:, :, 1:]], 2)
+    video = vae.decode(x).sample
+    scores = []
+    for frame in video[0].transpose(0, 1):
+        (seen,) = detect(frame[None])
+        embedding = encoder(align(frame[None], seen.landmarks))
+        scores.append(F.cosine_similarity(embedding, pool[0], dim=-1).mean())
+    (loss - 0.1 * torch.stack(scores).mean()).backward()
+
+
+def step(variant, size, window, plan=False):
+    """Seconds, MB and FLOPs of a step; variant: plain, ours, or ours with options, as in `ours face_window=2`."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import train
+    from model import ASSETS, add_lora, lora_disabled
+    from reward import FaceReward, read_encoder
+    from sample import latent_size, sigmas
+
+    theirs = variant == "plain"
+    preset, network, vae, pixels, face = build(size, theirs)
+    encoder, detect, frames = read_encoder(ASSETS / "arcface.safetensors"), detector(face), preset.frames
+    shape = preset.dit.out_dim, *latent_size(preset, frames, (pixels, pixels))
+    generator = torch.Generator().manual_seed(1)
+    noise, first = (torch.randn(1, *s, generator=generator) for s in (shape, (shape[0], 1, *shape[2:])))
+    context = torch.randn(1, preset.dit.text_len, preset.dit.text_dim, generator=generator)
+    pool = torch.randn(1, frames, 512, generator=generator)
+    schedule, reference = sigmas(8, 5.0), lambda: lora_disabled(network)
+    if theirs:
+        targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+        add_lora(network, 32, targets=targets)
+        network.enable_gradient_checkpointing()
+
+        def run(noise, first, context, schedule, window):
+            plain_step(network, vae, encoder, detect, noise, first, context, pool, schedule, window, reference)
+    else:
+        add_lora(network, 32)
+        given = dict(item.split("=") for item in variant.split()[1:])
+        options = train.TrainOptions(sampling_steps=8, window=window, **{k: int(v) for k, v in given.items()})
+
+        def untuned(*inputs):
+            with reference():
+                return network(*inputs)
+
+        def run(noise, first, context, schedule, window):
+            options.sampling_steps, options.window = len(schedule) - 1, window
+            network.checkpointing = bool(options.checkpointing)
+            wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset)
+            reward = FaceReward(detect, encoder)
+            job = train.Run(wan, network, network, untuned, options, schedule, 1.0, reward)
+            batch = dict(first=first, context=context, row=[0], pool=pool, pool_mask=torch.ones(pool.shape[:2]).bool())
+            train.ipro_step(job, batch, noise)
+
+    side = slice(0, max(4, shape[3] // 4))  # a small pass first: the libraries' own buffers are no part of the step
+    with torch.no_grad():
+        small = noise[:, :, :1, side, side]
+        plain_velocity(network, small, 0.5, context) if theirs else network(small, torch.full((1, 1), 500.0), context)
+    with Peak() as peak:
+        run(noise, first, context, schedule, window)
+    found = dict(seconds=peak.seconds, megabytes=peak.megabytes)
+    if plan:
+        with FlopCounterMode(display=False) as counter:
+            run(noise, first, context, schedule, window)
+        found |= dict(flops=counter.get_total_flops())
+        n = 2048
+        a = torch.randn(n, n)
+        a @ a
+        best = min(timed(lambda: a @ a) for _ in range(5))
+        found |= dict(matmul=2 * n**3 / best)
+    return found
+
+
+def timed(f):
+    begin = time.perf_counter()
+    f()
+    return time.perf_counter() - begin
+
+
+def decode(variant, size, frames):
+    """VAE decode and its backward pass to the latent, of a clip of `frames`."""
+    import torch
+
+    preset, _, vae, _, _ = build(size, variant == "plain")
+    x = torch.randn(1, preset.vae.z_dim, (frames - 1) // 4 + 1, 8, 8)
+    decode = (lambda x: vae.decode(x).sample) if variant == "plain" else vae.decode
+    with torch.no_grad():
+        decode(x[:, :, :1, :2, :2])
+    x.requires_grad_()
+    with Peak() as peak:
+        (decode(x, 2) if variant == "ours" else decode(x)).sum().backward()
+    return dict(seconds=peak.seconds, megabytes=peak.megabytes)
+
+
+def part(variant, size, which):
+    """Seconds of the transformer's forward and backward pass, or of the decoder alone without gradient."""
+    import torch
+
+    theirs = variant == "plain"
+    preset, network, vae, pixels, _ = build(size, theirs)
+    side = pixels // preset.vae.stride[1]
+    x = torch.randn(1, preset.dit.in_dim, 5, side, side)
+    context = torch.randn(1, preset.dit.text_len, preset.dit.text_dim)
+    t = torch.full((1, 5), 500.0)
+
+    def once():
+        if which == "transformer":
+            y = x.clone().requires_grad_()
+            v = plain_velocity(network, y, 0.5, context) if theirs else network(y, t, context)
+            v.sum().backward()
+        else:
+            with torch.no_grad():
+                vae.decode(x)
+
+    once()
+    return dict(seconds=min(timed(once) for _ in range(3)))
+
+
+def measured(kind, *arguments, repeats):
+    """The median of several processes' figures."""
+    command = [sys.executable, __file__, "--run", kind, *map(str, arguments)]
+    runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+            for _ in range(repeats)]  # fmt: skip
+    return types.SimpleNamespace(**{k: statistics.median(r[k] for r in runs) for k in runs[0]})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    tables = ("step", "window", "frames", "parts", "share")
+    parser.add_argument("--only", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        kind, *arguments = options.run
+        arguments = [int(a) if a.isdigit() else a for a in arguments]
+        print(json.dumps(dict(step=step, decode=decode, part=part)[kind](*arguments)))
+        return
+    run = lambda *arguments: measured(*arguments, repeats=options.repeats)
+    if "step" in options.only:
+        print(f"{'1. step':8} {'variant':36}{'seconds':>9}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
+        for size in options.sizes:
+            plain = None
+            for variant in VARIANTS:
+                found = run("step", variant, size, 4)
+                plain = plain or found
+                ratio = f"{found.seconds / plain.seconds:7.2f}x{found.megabytes / plain.megabytes:7.2f}x"
+                print(f"{size:8} {variant:36}{found.seconds:9.2f}{found.megabytes:8.0f}{ratio}", flush=True)
+    if "window" in options.only:
+        print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
+        for variant in ("plain", VARIANTS[1]):
+            row = [run("step", variant, "tiny", k).megabytes for k in (1, 2, 4, 8)]
+            print(f"{variant:36}" + "".join(f"{mb:8.0f}" for mb in row), flush=True)
+    if "frames" in options.only:
+        lengths = (17, 33, 65, 121)
+        print("\n3. decode + backward, peak MB over frames (middle's VAE, 128x128)")
+        print(f"{'':36}" + "".join(f"{n:8}" for n in lengths) + "   MB a frame")
+        for variant, name in (("plain", "plain"), ("whole", "ours, all at once"), ("ours", "ours, decode_frames=2")):
+            row = [run("decode", variant, "middle", n).megabytes for n in lengths]
+            growth = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
+            print(f"{name:36}" + "".join(f"{mb:8.0f}" for mb in row) + f"{growth:13.2f}", flush=True)
+    if "parts" in options.only:
+        print(f"\n4. {'seconds':34}{'plain':>8}{'ours':>8}{'ratio':>8}")
+        for which in ("transformer", "decoder"):
+            plain, ours = (run("part", v, "middle", which).seconds for v in ("plain", "ours"))
+            print(f"   {which:34}{plain:8.3f}{ours:8.3f}{ours / plain:7.2f}x", flush=True)
+    if "share" in options.only:
+        found = run("step", VARIANTS[1], "middle", 4, 1)
+        rate = found.flops / found.seconds
+        print(f"\n5. step at the middle size: {found.flops / 1e12:.2f} TFLOP, {rate / 1e9:.0f} GFLOP/s, "
+              f"{rate / found.matmul:.0%} of this machine's matmul ({found.matmul / 1e9:.0f} GFLOP/s)")  # fmt: skip
+
+
+VARIANTS = ("plain", "ours", "ours checkpointing=1 decode_frames=2", "ours checkpointing=1 face_window=2",
+            "ours face_window=2 score_frames=5")  # fmt: skip
+
+if __name__ == "__main__":
+    main()
