@@ -114,6 +114,7 @@ class DataOptions:
     people: int = option(
         1, "most people of a clip (one more in under a tenth of the frames is let pass); each has a pool"
     )
+    tiled: bool = option(False, "look again, enlarged and in tiles, where faces are small against the frame")
     split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
     latents: bool = option(False, "cache whole clips' latents, for --objective sft, instead of looking for faces")
 
@@ -197,7 +198,9 @@ def main():
     latent_size(preset, frames, size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wan = load_model(options.model, options.ckpt, device)
-    reward = None if options.latents else FaceReward.from_folder(options.faces, device)
+    reward = None if options.latents else FaceReward.from_folder(options.faces, device, tiled=options.tiled)
+    if reward is not None:
+        print(f"face detector on {reward.detector.provider}")
     named = all(p.relative_to(source).parts[0] in SPLITS for p in files)
     held = set(np.random.default_rng(0).permutation(len(files))[: round(options.split * len(files))])
     (out / "cache").mkdir(parents=True)

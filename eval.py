@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data import Clips
-from model import ASSETS, CONFIGS, UserError, load_model, merge_lora
+from model import ASSETS, CONFIGS, Experts, UserError, load_model, merge_lora
 from reward import FaceReward, clip_metrics
 from sample import option, parse_options, run, to_frames, to_tensor, write_video
 from train import held_out, side_by_side, summary, table
@@ -56,7 +56,7 @@ def references(wan, reward, clips, rows, judge=None):
         video = to_tensor(frames).to(clips.device)
         image = video[:, :, :1]
         true.append(measure(frames, video, image))
-        video = wan.vae.decode(wan.vae.encode(video)).float()
+        video = wan.vae.decode(wan.vae.encode(video), frames=1).float()
         coded.append(measure(to_frames(video), video, image))
     return true, coded
 
@@ -74,13 +74,15 @@ def main():
     wan = load_model(options.model, options.ckpt, device)
     reward = FaceReward.from_folder(options.faces, device)
     judge = FaceReward.from_folder(options.judge, device) if options.judge else None
+    print(f"face detector on {reward.detector.provider}")
     clips = Clips(options.data, "heldout", device)
     rows = clips.spread(options.clips)
     true, coded = references(wan, reward, clips, rows, judge)
     results, videos = {"true clip": true, "VAE": coded, "base": [], "LoRA": []}, {}
     for name in ("base", "LoRA"):
         if name == "LoRA":
-            print(f"{options.lora}: merged into {merge_lora(wan.dit, options.lora).merged} layers")
+            tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
+            print(f"{options.lora}: merged into {merge_lora(tuned, options.lora).merged} layers")
         for seed in range(options.seeds):
             measured, sampled = held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
             results[name] += measured

@@ -117,6 +117,8 @@ class TrainOptions:
     people: str = option("largest", "whose faces are scored: largest, or all (each person against their own pool)")
     pool_first: bool = option(True, "*is the true clip's frame 0 in the pool?")
     score_first: bool = option(True, "is the generated frame 0, which is given, scored?")
+    tiled: bool = option(False, "detect again, enlarged and in tiles, where faces are small against the frame")
+    face_bf16: bool = option(False, "the face encoder's trunk in bf16, its head in fp32")
     min_face: float = option(0.0, "pixels; a smaller face counts in proportion to its size; 0 = all count the same")
     min_score: float = option(0.0, "in 0..1; a face that the detector is less sure of counts less; 0 = as any other")
     eval_clips: int = option(8, "*held-out clips sampled before, after and at every watch, with fixed noise")
@@ -702,8 +704,10 @@ def main():
     clips = Clips(options.data, "train", device)
     job = prepare(options, ranks, device)
     if ipro:
-        guards = {k: getattr(options, k) for k in ("pool_first", "score_first", "min_face", "min_score")}
+        guards = {k: getattr(options, k) for k in ("tiled", "pool_first", "score_first", "min_face", "min_score")}
         job.reward = FaceReward.from_folder(options.faces, device, **guards)
+        if options.face_bf16:
+            job.reward.encoder.trunk = torch.bfloat16
         job.judge = Judge(options.judge, clips, device) if options.judge else None
         say(f"face detector on {job.reward.detector.provider}")
         unseen = Clips(options.data, "heldout", device)

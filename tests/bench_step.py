@@ -39,11 +39,14 @@ def resident():
 
 
 class Peak:
-    """The most that `resident` was over its value at entry, sampled every 2 ms; and seconds."""
+    """The most that `resident` was over its value at entry, sampled every 2 ms; seconds, and all cores' CPU seconds.
+
+    On a machine that others use as well, compare CPU seconds under OMP_NUM_THREADS=1.
+    """
 
     def __enter__(self):
         self.base = self.top = resident()
-        self.on, self.begin = True, time.perf_counter()
+        self.on, self.begin, self.cpu = True, time.perf_counter(), time.process_time()
         self.thread = threading.Thread(target=self.sample)
         self.thread.start()
         return self
@@ -54,7 +57,8 @@ class Peak:
             time.sleep(0.002)
 
     def __exit__(self, *_):
-        self.seconds, self.on = time.perf_counter() - self.begin, False
+        self.seconds, self.cpu = time.perf_counter() - self.begin, time.process_time() - self.cpu
+        self.on = False
         self.thread.join()
         self.megabytes = (self.top - self.base) / 2**20
 
@@ -142,8 +146,11 @@ def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma
     (loss - 0.1 * torch.stack(scores).mean()).backward()
 
 
-def step(variant, size, window, plan=False):
-    """Seconds, MB and FLOPs of a step; variant: plain, ours, or ours with options, as in `ours face_window=2`."""
+def step(variant, size, window, count=False, meter=None):
+    """Seconds and MB of a step; variant: plain, ours, or ours with options, as in `ours face_window=2`.
+
+    count: also its FLOPs, and this machine's matmul FLOP/s. meter: plan.py's, when the tensors are fake: MB by it.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -190,10 +197,15 @@ def step(variant, size, window, plan=False):
     with torch.no_grad():
         small = noise[:, :, :1, side, side]
         plain_velocity(network, small, 0.5, context) if theirs else network(small, torch.full((1, 1), 500.0), context)
+    if meter is not None:
+        meter.peaks.clear()
+        base = meter.live
+        run(noise, first, context, schedule, window)
+        return dict(megabytes=(max(meter.peaks.values()) - base) / 2**20)
     with Peak() as peak:
         run(noise, first, context, schedule, window)
-    found = dict(seconds=peak.seconds, megabytes=peak.megabytes)
-    if plan:
+    found = dict(seconds=peak.seconds, cpu=peak.cpu, megabytes=peak.megabytes)
+    if count:
         with FlopCounterMode(display=False) as counter:
             run(noise, first, context, schedule, window)
         found |= dict(flops=counter.get_total_flops())
@@ -205,10 +217,30 @@ def step(variant, size, window, plan=False):
     return found
 
 
+def planned(variant, size, window):
+    """The MB that plan.py's meter finds for the same step on fake tensors, attention and precision being the CPU's."""
+    from unittest.mock import patch
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import model
+    import plan
+    import train
+
+    with (
+        patch.object(train, "to_frames", lambda video: None),
+        patch.object(train, "clip_metrics", lambda *_: dict(motion=None, tf=None)),
+        patch.object(model, "latent_window", plan.window_of_face),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        plan.Meter() as meter,
+    ):
+        return step(variant, size, window, meter=meter)
+
+
 def timed(f):
-    begin = time.perf_counter()
+    begin = time.process_time()  # CPU seconds
     f()
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 def decode(variant, size, frames):
@@ -223,7 +255,7 @@ def decode(variant, size, frames):
     x.requires_grad_()
     with Peak() as peak:
         (decode(x, 2) if variant == "ours" else decode(x)).sum().backward()
-    return dict(seconds=peak.seconds, megabytes=peak.megabytes)
+    return dict(seconds=peak.seconds, cpu=peak.cpu, megabytes=peak.megabytes)
 
 
 def part(variant, size, which):
@@ -260,7 +292,7 @@ def measured(kind, *arguments, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    tables = ("step", "window", "frames", "parts", "share")
+    tables = ("step", "window", "frames", "parts", "share", "plan")
     parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
@@ -269,18 +301,18 @@ def main():
     if options.run:
         kind, *arguments = options.run
         arguments = [int(a) if a.isdigit() else a for a in arguments]
-        print(json.dumps(dict(step=step, decode=decode, part=part)[kind](*arguments)))
+        print(json.dumps(dict(step=step, planned=planned, decode=decode, part=part)[kind](*arguments)))
         return
     run = lambda *arguments: measured(*arguments, repeats=options.repeats)
     if "step" in options.only:
-        print(f"{'1. step':8} {'variant':36}{'seconds':>9}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
+        print(f"{'1. step':8} {'variant':36}{'seconds':>9}{'CPU s':>8}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
         for size in options.sizes:
             plain = None
             for variant in VARIANTS:
                 found = run("step", variant, size, 4)
                 plain = plain or found
-                ratio = f"{found.seconds / plain.seconds:7.2f}x{found.megabytes / plain.megabytes:7.2f}x"
-                print(f"{size:8} {variant:36}{found.seconds:9.2f}{found.megabytes:8.0f}{ratio}", flush=True)
+                ratio = f"{found.cpu / plain.cpu:7.2f}x{found.megabytes / plain.megabytes:7.2f}x"
+                print(f"{size:8} {variant:36}{found.seconds:9.2f}{found.cpu:8.1f}{found.megabytes:8.0f}{ratio}", flush=True)
     if "window" in options.only:
         print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
         for variant in ("plain", VARIANTS[1]):
@@ -301,9 +333,16 @@ def main():
             print(f"   {which:34}{plain:8.3f}{ours:8.3f}{ours / plain:7.2f}x", flush=True)
     if "share" in options.only:
         found = run("step", VARIANTS[1], "middle", 4, 1)
-        rate = found.flops / found.seconds
-        print(f"\n5. step at the middle size: {found.flops / 1e12:.2f} TFLOP, {rate / 1e9:.0f} GFLOP/s, "
+        rate = found.flops / found.cpu
+        print(f"\n5. step at the middle size: {found.flops / 1e12:.2f} TFLOP, {rate / 1e9:.0f} GFLOP a CPU second, "
               f"{rate / found.matmul:.0%} of this machine's matmul ({found.matmul / 1e9:.0f} GFLOP/s)")  # fmt: skip
+    if "plan" in options.only:
+        print(f"\n6. {'peak MB of the step':42}{'measured':>9}{'planned':>9}{'ratio':>7}")
+        for size in options.sizes:
+            for variant in VARIANTS[1:3]:
+                found, plan = run("step", variant, size, 4), measured("planned", variant, size, 4, repeats=1)
+                print(f"   {size + ', ' + variant:42}{found.megabytes:9.0f}{plan.megabytes:9.0f}"
+                      f"{plan.megabytes / found.megabytes:7.2f}", flush=True)  # fmt: skip
 
 
 VARIANTS = ("plain", "ours", "ours checkpointing=1 decode_frames=2", "ours checkpointing=1 face_window=2",
