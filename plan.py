@@ -152,7 +152,7 @@ def simulate(options, frames, size, step=train.ipro_step):
             patch.object(F, "scaled_dot_product_attention", fused_attention),
             patch.object(torch.autograd.graph, "save_on_cpu", functools.partial(on_host, meter)),
             patch.object(model, "latent_window", window_of_face),
-            patch.object(train, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16)),
+            patch.object(train, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16)),
             patch.object(train, "rollout", during("rollout", rollout)),
             patch.object(train, "window_backward", during("window", window_backward)),
             patch.object(train, "to_frames", lambda video: None),

@@ -77,7 +77,7 @@ RECIPES = {
 TINY = dict(batch=4, micro_batch=4, steps=40, lr=1e-3, eval_clips=24)  # over the recipe's: minutes on two cores
 CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
-    fsm=("pool", "first", "aligned"), people=("largest", "all"),
+    fsm=("pool", "first", "aligned"), people=("largest", "all"), precision=("", "bf16", "fp32"),
 )  # fmt: skip
 
 
@@ -112,6 +112,7 @@ class TrainOptions:
     decode_frames: int = option(0, "latent frames whose decoder graph is in memory at a time; 0 = all of the clip")
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
+    precision: str = option("", "of the networks: bf16 or fp32; default: bf16 where the device computes it natively")
     compile: bool = option(False, "torch.compile the transformer's blocks")
     fsm: str = option("pool", "what generated faces are compared with: pool, first or aligned")
     people: str = option("largest", "whose faces are scored: largest, or all (each person against their own pool)")
@@ -155,7 +156,7 @@ def check(options):
     """Refuse what cannot work before anything is loaded or written."""
     for name, allowed in dict(CHOICES, objective=tuple(OBJECTIVES)).items():
         if getattr(options, name) not in allowed:
-            raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed)}")
+            raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(filter(None, allowed))}")
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
     for name in ("steps", "batch", "micro_batch", "sampling_steps", "window", "save_every", "keep", "max_skips"):
@@ -394,9 +395,13 @@ def batch_at(clips, options, step, numbers):
 # The objectives: each accumulates a micro-batch's gradient and returns, a sample each, what to log of it
 
 
-def autocast(device):
-    """bf16 compute over fp32 master weights on a GPU; fp32 on a CPU. Sampler state, KL and reward stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device, precision=""):
+    """bf16 compute over fp32 master weights ("": where the device has it natively), or fp32.
+
+    Sampler state, KL and reward stay fp32. The tiny model's step on two cores takes @@ of the time in bf16.
+    """
+    native = device.type == "cuda" or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (native and not precision))
 
 
 def scored_frames(noise, frames, count):
@@ -418,13 +423,14 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
     pool, pool_mask = batch["pool"], batch["pool_mask"]
     if options.people == "largest" and pool.dim() == 4:
         pool, pool_mask = pool[:, 0], pool_mask[:, 0]
-    with autocast(noise.device):
+    computing = functools.partial(autocast, noise.device, options.precision)
+    with computing():
         latents = rollout(job.wan.dit, noise, batch.get("first"), context, sigma, options.window, y)
     rows, grads = [], []
     decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     for b in range(size):  # one clip's decoder graph at a time
         x = latents[-1][b : b + 1].clone().requires_grad_()
-        with autocast(noise.device):
+        with computing():
             video = job.wan.vae.decode(x, *decoding).float()
         looked = scored_frames(noise[b], video.shape[2], options.score_frames)
         score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
@@ -440,7 +446,7 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
         rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
 
     def penalty(v, x, i):
-        with torch.no_grad(), autocast(x.device):
+        with torch.no_grad(), computing():
             v_ref = velocity(job.reference, x, sigma[i], context, y)
         step = dict(weighting=options.kl_weighting, dt=float(sigma[i] - sigma[i + 1]))
         if y is not None:
@@ -450,7 +456,7 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             row["kl"] = row.get("kl", 0.0) + value / options.window
         return options.kl_weight * job.share * kl.sum() / options.window
 
-    with autocast(noise.device):
+    with computing():
         window_backward(job.model, latents, sigma, context, torch.cat(grads), penalty, y, hold)
     return rows
 
@@ -469,7 +475,7 @@ def sft_step(job, batch, noise, hold=contextlib.nullcontext):
     t = (1000 * sigma.flatten())[:, None].repeat(1, x.shape[2])
     if y is None:
         t[:, 0] = 0
-    with torch.autocast(noise.device.type, torch.bfloat16):
+    with autocast(noise.device, job.options.precision):
         v = job.model(x, t, batch["context"], y)
     free = slice(1 if y is None else 0, None)
     loss = (v.float() - (noise - x0))[:, :, free].square().flatten(1).mean(1)
@@ -511,7 +517,7 @@ class Judge:
 
 
 @torch.no_grad()
-def held_out(wan, reward, clips, rows, steps, seed=0, judge=None):
+def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision=""):
     """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos.
 
     judge: a second FaceReward, whose FaceSim is reported beside the first's as `judge`. The ranks share the work.
@@ -522,7 +528,7 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None):
     for row in tqdm(turns, desc="held-out clips", leave=False, disable=rank > 0):
         batch = clips.batch([row])
         noise = noise_like((1, *clips.latent_shape(wan.preset, row)), seed, row).to(batch["context"].device)
-        with autocast(noise.device):
+        with autocast(noise.device, precision):
             (latent,) = rollout(wan.dit, noise, batch.get("first"), batch["context"], schedule, y=batch.get("y"))
             video = wan.vae.decode(latent, frames=1).float()
         image = to_tensor(clips.video(row)[:1]).to(noise.device)
@@ -713,7 +719,7 @@ def main():
         unseen = Clips(options.data, "heldout", device)
         chosen = unseen.spread(options.eval_clips)
         watch = functools.partial(held_out, job.wan, job.reward, unseen, chosen, options.sampling_steps,
-                                  judge=job.judge and job.judge.reward)  # fmt: skip
+                                  judge=job.judge and job.judge.reward, precision=options.precision)  # fmt: skip
         before, videos_before = watch()
         inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(chosen, videos_before)]
         say(table([("before", summary(before))]))

@@ -178,7 +178,8 @@ def step(variant, size, window, count=False, meter=None):
     else:
         add_lora(network, 32)
         given = dict(item.split("=") for item in variant.split()[1:])
-        options = train.TrainOptions(sampling_steps=8, window=window, **{k: int(v) for k, v in given.items()})
+        switches = {k: int(v) for k, v in given.items()}
+        options = train.TrainOptions(sampling_steps=8, window=window, precision="fp32", **switches)
 
         def untuned(*inputs):
             with reference():
@@ -312,7 +313,8 @@ def main():
                 found = run("step", variant, size, 4)
                 plain = plain or found
                 ratio = f"{found.cpu / plain.cpu:7.2f}x{found.megabytes / plain.megabytes:7.2f}x"
-                print(f"{size:8} {variant:36}{found.seconds:9.2f}{found.cpu:8.1f}{found.megabytes:8.0f}{ratio}", flush=True)
+                row = f"{size:8} {variant:36}{found.seconds:9.2f}{found.cpu:8.1f}{found.megabytes:8.0f}{ratio}"
+                print(row, flush=True)
     if "window" in options.only:
         print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
         for variant in ("plain", VARIANTS[1]):

@@ -24,7 +24,7 @@ from reward import FaceReward, velocity_kl
 from sample import noise_like, read_video, rollout, sigmas, to_tensor, velocity
 from tests.test_cli import REPO, run
 
-OPTIONS = train.TrainOptions(batch=2, micro_batch=2, lr=2e-3, window=2, sampling_steps=4, warmup=0)
+OPTIONS = train.TrainOptions(batch=2, micro_batch=2, lr=2e-3, window=2, sampling_steps=4, warmup=0, precision="fp32")
 
 
 def job_of(wan, reward, **changes):
@@ -117,7 +117,7 @@ def test_the_memory_switches_leave_the_gradient_and_the_face_window_nearly_does(
         assert not row["missing"]
         grads.append(torch.cat([p.grad.flatten() for p in parameters]))
     plain, streamed, windowed = grads
-    assert (streamed - plain).norm() < 1e-3 * plain.norm()  # fp32; 2e-4 was seen: faces are found on rounded pixels
+    assert (streamed - plain).norm() < 1e-3 * plain.norm()  # fp32: 1.7e-4 was seen; in fp64 the decode agrees to 1e-10
     assert torch.cosine_similarity(windowed, plain, dim=0) > 0.99
 
 
@@ -235,7 +235,8 @@ from reward import FaceReward
 from safetensors.torch import save_file
 rank, ranks, device = train.start_ranks()
 torch.manual_seed(0)
-options = train.TrainOptions(batch=2, micro_batch=1, window=2, sampling_steps=3, lora_rank=int(sys.argv[1]))
+lora_rank = int(sys.argv[1])
+options = train.TrainOptions(batch=2, micro_batch=1, window=2, sampling_steps=3, lora_rank=lora_rank, precision="fp32")
 job = train.prepare(options, ranks, device)
 job.reward = FaceReward.from_folder(ASSETS)
 with torch.no_grad():
