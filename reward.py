@@ -276,7 +276,7 @@ def scale_shift(norm):
     return scale, norm.bias - norm.running_mean * scale
 
 
-class FrozenConv(torch.autograd.Function):
+class FoldedConv(torch.autograd.Function):
     """norm(conv(x)) of frozen layers as one convolution. Its gradient needs no activations, only the kernel: autograd
     would keep both layers' inputs. The whole reward then takes 2 to 3 times less memory (tests/bench_reward.py)."""
 
@@ -288,18 +288,18 @@ class FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, conv, norm):
         ctx.conv, ctx.norm, ctx.shape = conv, norm, x.shape
-        kernel, shift = FrozenConv.fold(conv, norm, x.dtype)
+        kernel, shift = FoldedConv.fold(conv, norm, x.dtype)
         return F.conv2d(x, kernel, shift, conv.stride, conv.padding)
 
     @staticmethod
     def backward(ctx, grad):
-        kernel, _ = FrozenConv.fold(ctx.conv, ctx.norm, grad.dtype)
+        kernel, _ = FoldedConv.fold(ctx.conv, ctx.norm, grad.dtype)
         return nn.grad.conv2d_input(ctx.shape, kernel, grad, ctx.conv.stride, ctx.conv.padding), None, None
 
 
 def conv_norm(conv, norm, x):
     """norm(conv(x))."""
-    return FrozenConv.apply(x, conv, norm) if frozen(conv) else norm(conv(x))
+    return FoldedConv.apply(x, conv, norm) if frozen(conv) else norm(conv(x))
 
 
 def prelu(layer, x):
