@@ -14,6 +14,7 @@ is that of github.com/Wan-Video/Wan2.2 (wan/modules); `tiny` differs from `wan5b
 """
 
 import contextlib
+import functools
 import html
 import json
 import math
@@ -277,11 +278,12 @@ def tokenize(prompts, tokenizer, text_len):
 class Carry:
     """Walks the list of caches through a network: layers take theirs in order and leave the next chunk's.
 
-    `old` is None at the clip's first chunk. The network returns `new`, a plain list of tensors.
+    `old` is None at the clip's first chunk. The network returns `new`, a plain list of tensors. `see`, if given, is
+    shown the attention's keys and values [B T, H W, C] and their (H, W), and says which to use.
     """
 
-    def __init__(self, old):
-        self.first, self.old, self.new = old is None, iter(old or ()), []
+    def __init__(self, old, see=None):
+        self.first, self.old, self.new, self.see = old is None, iter(old or ()), [], see
 
     def step(self, x, length):
         """The last `length` frames before x (None at the start); keeps those before the next chunk."""
@@ -394,6 +396,8 @@ class AttentionBlock(nn.Module):
         B, C, T, H, W = x.shape
         y = self.to_qkv(self.norm(x.transpose(1, 2).flatten(0, 1)))  # [B T, 3 C, H, W]
         q, k, v = y.flatten(2).transpose(1, 2).chunk(3, -1)
+        if carry.see is not None:
+            k, v = carry.see(k, v, (H, W))
         y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [B T, H W, C]
         y = self.proj(y.transpose(1, 2).reshape(B * T, C, H, W))
         return x + y.unflatten(0, (B, T)).transpose(1, 2)
@@ -543,8 +547,8 @@ class Decoder3d(nn.Module):
             RMS_norm(dims[-1], images=False), nn.SiLU(), CausalConv3d(dims[-1], 3 * cfg.patch_size**2, 3)
         )
 
-    def forward(self, x, caches=None):
-        carry = Carry(caches)
+    def forward(self, x, caches=None, see=None):
+        carry = Carry(caches, see)
         x = causal([self.conv1], x, carry)
         for block in (*self.middle, *self.upsamples):
             x = block(x, carry)
@@ -595,18 +599,18 @@ class WanVAE(nn.Module):
     def encode(self, video):
         return (full_precision(self.moments(video, self.cfg.stride[0])[0]) - self.mean) / self.std
 
-    def decode_chunk(self, latent, caches=None):
+    def decode_chunk(self, latent, caches=None, see=None):
         """Decode latent frames [B, z, n, h, w] that follow those in `caches`; returns pixels and the new caches."""
-        x, caches = self.decoder(self.conv2((latent * self.std + self.mean).type_as(self.conv2.weight)), caches)
+        x, caches = self.decoder(self.conv2((latent * self.std + self.mean).type_as(self.conv2.weight)), caches, see)
         p = self.cfg.patch_size
         x = x.unflatten(1, (3, p, p)).permute(0, 1, 4, 5, 3, 6, 2)  # [B, 3, F, H/p, p, W/p, p]
         return x.flatten(5, 6).flatten(3, 4), caches
 
-    def decode_frames(self, latent, caches=None):
-        """`decode_chunk` of one latent frame after the other: only a frame's activations are in work."""
+    def decode_frames(self, latent, caches=None, see=None):
+        """`decode_chunk` of one latent frame after the other, with `see` of each: a frame's activations are in work."""
         video = []
-        for part in latent.split(1, 2):
-            pixels, caches = self.decode_chunk(part, caches)
+        for part, look in zip(latent.split(1, 2), see or [None] * latent.shape[2], strict=True):
+            pixels, caches = self.decode_chunk(part, caches, look)
             video.append(pixels)
         return torch.cat(video, 2), caches
 
@@ -630,27 +634,29 @@ class StreamedDecode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, latent, vae, frames):
+    def forward(ctx, latent, vae, frames, see=None):
         ctx.vae, ctx.groups = vae, []
         ctx.autocast = torch.get_autocast_dtype(latent.device.type), torch.is_autocast_enabled(latent.device.type)
         *parts, last = latent.split(frames, 2)
-        caches, video = None, []
+        caches, video, start = None, [], 0
         for part in parts:
-            ctx.groups.append((part, caches))
-            pixels, caches = vae.decode_frames(part, caches)
+            group, start = (part, caches, see and see[start : start + frames]), start + frames
+            ctx.groups.append(group)
+            pixels, caches = vae.decode_frames(*group)
             video.append(pixels)
+        group = last, caches, see and see[start:]
         if not ctx.needs_input_grad[0]:
             ctx.groups = None
-            return torch.cat([*video, vae.decode_frames(last, caches)[0]], 2)
-        ctx.last = StreamedDecode.graph(vae, last, caches)
+            return torch.cat([*video, vae.decode_frames(*group)[0]], 2)
+        ctx.last = StreamedDecode.graph(vae, *group)
         return torch.cat([*video, ctx.last[1][0].detach()], 2)
 
     @staticmethod
-    def graph(vae, latent, caches):
+    def graph(vae, latent, caches, see):
         """A group's inputs (latents, caches), and its outputs (pixels, caches) with their graph."""
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_() for x in (latent, *(caches or ()))]
-            pixels, caches = vae.decode_frames(inputs[0], inputs[1:] or None)
+            pixels, caches = vae.decode_frames(inputs[0], inputs[1:] or None, see)
         return inputs, [pixels, *caches]
 
     @staticmethod
@@ -663,7 +669,7 @@ class StreamedDecode(torch.autograd.Function):
             latent, *carried = torch.autograd.grad(ends, inputs, into, materialize_grads=True)
             found.insert(0, latent)
             if not ctx.groups:
-                return torch.cat(found, 2), None, None
+                return torch.cat(found, 2), None, None, None
             del inputs, outputs, ends
             with torch.autocast(grad.device.type, *ctx.autocast):
                 inputs, outputs = StreamedDecode.graph(ctx.vae, *ctx.groups.pop())
@@ -673,15 +679,21 @@ class WindowedDecode(torch.autograd.Function):
     """WanVAE.decode whose gradient passes through the latent window under the pixels' non-zero gradient only.
 
     A face reward's gradient at the pixels is zero outside the faces' crops. The window is what they cover over the
-    whole clip, `margin` cells larger on each side, decoded again as a clip of its own.
+    whole clip, `margin` cells larger on each side, decoded again as a clip of its own. Only the decoder's attention
+    looks further than a margin: its keys and values outside the window are those of the first pass.
     """
 
     @staticmethod
     def forward(ctx, latent, vae, frames, margin):
         ctx.save_for_backward(latent)
-        ctx.vae, ctx.frames, ctx.margin = vae, frames, margin
+        ctx.vae, ctx.frames, ctx.margin, ctx.seen = vae, frames, margin, []
         ctx.autocast = torch.get_autocast_dtype(latent.device.type), torch.is_autocast_enabled(latent.device.type)
-        return vae.decode_frames(latent)[0]
+
+        def keep(k, v, size):
+            ctx.seen.append((k, v))
+            return k, v
+
+        return vae.decode_frames(latent, see=[keep] * latent.shape[2])[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -691,12 +703,29 @@ class WindowedDecode(torch.autograd.Function):
         if window is None:
             return found, None, None, None
         (t, y, x), (fh, fw) = window, ctx.vae.cfg.stride[1:]
+        see = [functools.partial(paste, pair, latent.shape[3:], (y, x), min(ctx.margin, 3)) for pair in ctx.seen[t]]
         with torch.enable_grad(), torch.autocast(grad.device.type, *ctx.autocast):
             part = latent[:, :, t, y, x].detach().requires_grad_()
-            video = StreamedDecode.apply(part, ctx.vae, ctx.frames or part.shape[2])
+            video = StreamedDecode.apply(part, ctx.vae, ctx.frames or part.shape[2], see)
         grad = grad[:, :, : video.shape[2], y.start * fh : y.stop * fh, x.start * fw : x.stop * fw]
         found[:, :, t, y, x] = torch.autograd.grad(video, part, grad)[0]
         return found, None, None, None
+
+
+def paste(seen, frame, window, halo, k, v, size):
+    """A window's keys and values [B, cells, C] (and its size) set into those `seen` of the whole frame.
+
+    Not its outermost `halo` cells: the three convolutions before the attention saw the window's border there, not the
+    frame. At the frame's own border there are none.
+    """
+    inner = [slice(halo * (s.start > 0), n - halo * (s.stop < whole)) for s, n, whole in zip(window, size, frame)]
+    rows, columns = (slice(s.start + i.start, s.start + i.stop) for s, i in zip(window, inner))
+    out = []
+    for whole, part in zip(seen, (k, v)):
+        whole = whole.unflatten(1, frame).clone()
+        whole[:, rows, columns] = part.unflatten(1, size)[:, inner[0], inner[1]]
+        out.append(whole.flatten(1, 2))
+    return out
 
 
 def latent_window(grad, stride, margin):
