@@ -626,53 +626,48 @@ class WanVAE(nn.Module):
 
 
 class StreamedDecode(torch.autograd.Function):
-    """WanVAE.decode with one group of `frames` latent frames' graph alive at a time; exactly its gradient.
+    """WanVAE.decode with one latent frame's graph alive at a time; exactly its gradient.
 
-    Forward goes frame by frame and keeps the caches where groups meet and the last group's graph. Backward takes the
-    groups from last to first, each decoded again: (gradient at its pixels, at the caches it leaves) to (gradient at
-    its latents, at the caches it found). A cache holds half of what a frame's graph does, so sqrt(F'/2) is best.
+    Forward keeps the caches where groups of `frames` latent frames meet. Backward takes the groups from last to first:
+    decodes one again for the caches between its frames, then each frame, last to first, with its graph: (gradient at
+    its pixels, at the caches it leaves) to (gradient at its latent, at the caches it found). Of F' frames' caches, F' /
+    frames + frames are in memory, each half of what a frame's graph is; sqrt(F') is best.
     """
 
     @staticmethod
     def forward(ctx, latent, vae, frames, see=None):
-        ctx.vae, ctx.groups = vae, []
+        ctx.vae, ctx.groups, caches, video = vae, [], None, []
         ctx.autocast = torch.get_autocast_dtype(latent.device.type), torch.is_autocast_enabled(latent.device.type)
-        *parts, last = latent.split(frames, 2)
-        caches, video, start = None, [], 0
-        for part in parts:
-            group, start = (part, caches, see and see[start : start + frames]), start + frames
-            ctx.groups.append(group)
+        for start in range(0, latent.shape[2], frames):
+            group = latent[:, :, start : start + frames], caches, see and see[start : start + frames]
+            if ctx.needs_input_grad[0]:
+                ctx.groups.append(group)
             pixels, caches = vae.decode_frames(*group)
             video.append(pixels)
-        group = last, caches, see and see[start:]
-        if not ctx.needs_input_grad[0]:
-            ctx.groups = None
-            return torch.cat([*video, vae.decode_frames(*group)[0]], 2)
-        ctx.last = StreamedDecode.graph(vae, *group)
-        return torch.cat([*video, ctx.last[1][0].detach()], 2)
-
-    @staticmethod
-    def graph(vae, latent, caches, see):
-        """A group's inputs (latents, caches), and its outputs (pixels, caches) with their graph."""
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (latent, *(caches or ()))]
-            pixels, caches = vae.decode_frames(inputs[0], inputs[1:] or None, see)
-        return inputs, [pixels, *caches]
+        return torch.cat(video, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        found, carried, (inputs, outputs) = [], [], ctx.last
-        del ctx.last
-        while True:
-            grad, here = grad.split([grad.shape[2] - outputs[0].shape[2], outputs[0].shape[2]], 2)
-            ends, into = zip(*[(y, g) for y, g in zip(outputs, [here, *carried]) if y.requires_grad])
-            latent, *carried = torch.autograd.grad(ends, inputs, into, materialize_grads=True)
-            found.insert(0, latent)
-            if not ctx.groups:
-                return torch.cat(found, 2), None, None, None
-            del inputs, outputs, ends
-            with torch.autocast(grad.device.type, *ctx.autocast):
-                inputs, outputs = StreamedDecode.graph(ctx.vae, *ctx.groups.pop())
+        found, carried = [], []
+        with torch.autocast(grad.device.type, *ctx.autocast):
+            while ctx.groups:
+                latent, caches, see = ctx.groups.pop()
+                frames = list(zip(latent.split(1, 2), see or [None] * latent.shape[2]))
+                before = [caches]  # of each frame, from here on the group's own
+                for x, look in frames[:-1]:
+                    before.append(ctx.vae.decode_chunk(x, before[-1], look)[1])
+                del caches
+                for x, look in reversed(frames):
+                    with torch.enable_grad():
+                        inputs = [y.detach().requires_grad_() for y in (x, *(before.pop() or ()))]
+                        pixels, left = ctx.vae.decode_chunk(inputs[0], inputs[1:] or None, look)
+                    grad, here = grad.split([grad.shape[2] - pixels.shape[2], pixels.shape[2]], 2)
+                    pairs = zip([pixels, *left], [here, *carried])
+                    ends, into = zip(*[(y, g) for y, g in pairs if y.requires_grad])
+                    x, *carried = torch.autograd.grad(ends, inputs, into, materialize_grads=True)
+                    found.insert(0, x)
+                    del inputs, pixels, left, pairs, ends
+        return torch.cat(found, 2), None, None, None
 
 
 class WindowedDecode(torch.autograd.Function):
@@ -706,7 +701,10 @@ class WindowedDecode(torch.autograd.Function):
         see = [functools.partial(paste, pair, latent.shape[3:], (y, x), min(ctx.margin, 3)) for pair in ctx.seen[t]]
         with torch.enable_grad(), torch.autocast(grad.device.type, *ctx.autocast):
             part = latent[:, :, t, y, x].detach().requires_grad_()
-            video = StreamedDecode.apply(part, ctx.vae, ctx.frames or part.shape[2], see)
+            if ctx.frames:
+                video = StreamedDecode.apply(part, ctx.vae, ctx.frames, see)
+            else:
+                video = ctx.vae.decode_frames(part, see=see)[0]
         grad = grad[:, :, : video.shape[2], y.start * fh : y.stop * fh, x.start * fw : x.stop * fw]
         found[:, :, t, y, x] = torch.autograd.grad(video, part, grad)[0]
         return found, None, None, None

@@ -224,7 +224,7 @@ def simulate(options, frames, size, step=train.ipro_step):
     )  # fmt: skip
 
 
-SWITCHES = dict(checkpointing=True, decode_frames=4, offload=True, face_window=8)
+SWITCHES = dict(checkpointing=True, decode_frames=4, offload=True, face_window=4)
 
 
 def plan(options):

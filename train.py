@@ -109,7 +109,7 @@ class TrainOptions:
     reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
     checkpointing: bool = option(False, "recompute each transformer block in the backward pass: memory for time")
     offload: bool = option(False, "keep on the host: with --checkpointing the blocks' inputs, and A14B's idle expert")
-    decode_frames: int = option(0, "latent frames whose decoder graph is in memory at a time; 0 = all of the clip")
+    decode_frames: int = option(0, "one latent frame's decoder graph at a time, its caches kept every so many; 0 = all")
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
     precision: str = option("", "of the networks: bf16 or fp32; default: bf16 where the device computes it natively")

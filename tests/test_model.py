@@ -224,6 +224,25 @@ def test_a_windowed_decode_keeps_the_gradient_within_its_window():
     assert not windowed(1, None, 0 * probe).any()
 
 
+def test_a_windowed_decode_attends_to_the_whole_frame(monkeypatch):
+    torch.manual_seed(0)
+    vae = randomise(WanVAE(VAE_SMALL), 0.3).double().requires_grad_(False)
+    latent = torch.randn(1, 6, 2, 12, 12).double().requires_grad_()
+    video = vae.decode(latent)
+    probe = torch.zeros_like(video)
+    probe[..., 80:112, 80:112] = torch.randn(1, 3, 5, 32, 32).double()
+    (whole,) = torch.autograd.grad(video, latent, probe)
+
+    def off():
+        (near,) = torch.autograd.grad(vae.decode(latent, None, 4), latent, probe)
+        return float((near - whole).norm() / whole.norm())
+
+    attending = off()
+    monkeypatch.setattr("model.paste", lambda seen, frame, window, halo, k, v, size: (k, v))
+    alone = off()
+    assert attending < 0.7 * alone, (attending, alone)
+
+
 def test_checkpointed_blocks_have_the_same_gradient():
     dit = randomise(WanDiT(SMALL)).double()
     x, t, context = torch.randn(1, 12, 2, 4, 4).double(), torch.tensor([300.0]), torch.randn(1, 5, 40).double()
