@@ -61,7 +61,7 @@ def measure(variant, frames):
     video = video.repeat(1, 1, -(-frames // video.shape[2]), 1, 1)[:, :, :frames].contiguous().requires_grad_()
     encoder = ArcFace((3, 4, 14, 3)).eval()
     if variant != "loop":  # which has the plain layers: they run where parameters take a gradient, here asked of none
-        encoder.requires_grad_(False)
+        encoder.requires_grad_(False).to(memory_format=torch.channels_last)  # as from_file returns it
         encoder.trunk, encoder.checkpointing = torch.bfloat16 if "bf16" in variant else None, "recomputed" in variant
     reward = FaceReward(FaceDetector(REPO / "assets/detector.onnx"), encoder)
     pool = torch.randn(frames, 512)
