@@ -11,6 +11,7 @@ model. A LoRA is tuned under DDP; all weights (--lora_rank 0) under FSDP2. In --
 line a step), curves.png, checkpoints/, watch/, lora.safetensors, before_after.mp4.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -208,6 +209,7 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    atexit.register(dist.destroy_process_group)  # however the run ends: gloo's threads abort a process that leaves them
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -650,7 +652,7 @@ def prepare(options, ranks, device):
         model = tuned
     else:
         add_lora(tuned, options.lora_rank)
-        model = DistributedDataParallel(tuned, broadcast_buffers=False) if many else tuned
+        model = DistributedDataParallel(tuned, forward_sync_buffers=False) if many else tuned
 
         def reference(*inputs):
             with lora_disabled(tuned):
@@ -785,8 +787,6 @@ def main():
         shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
         write_video(out / "before_after.mp4", shown, job.wan.preset.fps)
         print(table([("before", summary(before)), ("after", summary(after))]))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
