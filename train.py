@@ -11,7 +11,6 @@ model. A LoRA is tuned under DDP; all weights (--lora_rank 0) under FSDP2. In --
 line a step), curves.png, checkpoints/, watch/, lora.safetensors, before_after.mp4.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -75,8 +74,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's: minutes on two cores. A LoRA of so small a model moves at a higher rate, and
-    # the uniform KL costs less motion for the same FaceSim than sigma
+TINY = dict(  # over the recipe's: of what was tried for ten minutes on two cores, the most for a tenth of the motion
     batch=4, micro_batch=4, steps=100, lr=2e-3, decay=0.9, kl_weighting="uniform", eval_clips=60, watch_every=50,
 )  # fmt: skip
 CHOICES = dict(
@@ -113,7 +111,7 @@ class TrainOptions:
     reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
     checkpointing: bool = option(False, "recompute each transformer block in the backward pass: memory for time")
     offload: bool = option(False, "keep on the host: with --checkpointing the blocks' inputs, and A14B's idle expert")
-    decode_frames: int = option(0, "one latent frame's decoder graph at a time, its caches kept every so many; 0 = all")
+    decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's")
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
     precision: str = option("", "of the networks: bf16 or fp32; default: bf16 where the device computes it natively")
@@ -209,8 +207,17 @@ def start_ranks():
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    atexit.register(dist.destroy_process_group)  # however the run ends: gloo's threads abort a process that leaves them
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_ranks():
+    """Leave the group, with a moment for gloo's threads to free the last collective's tensors.
+
+    They need the interpreter's lock for it; where it ends first, torch 2.13 aborts the process (one run in twenty).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.5)
 
 
 def gathered(rows):
@@ -769,7 +776,7 @@ def main():
             )
         if stopped:
             say(f"stopped by a signal after step {gone}; go on with: --resume --out {out}")
-            return
+            break
         if ipro and options.watch_every and gone % options.watch_every == 0 and gone < options.steps:
             results, videos = watch()
             log.write(dict(step=gone, held_out=summary(results)))
@@ -777,16 +784,18 @@ def main():
                 shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
                 write_video(out / "watch" / f"step-{gone:06}.mp4", shown, job.wan.preset.fps)
                 draw_curves(log.rows, out / "curves.png")
-    if ipro:
-        after, videos = watch()
-        log.write(dict(step=options.steps, held_out=summary(after)))
-    export(out)
-    if rank == 0:
-        draw_curves(log.rows, out / "curves.png")
-    if ipro and rank == 0:
-        shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
-        write_video(out / "before_after.mp4", shown, job.wan.preset.fps)
-        print(table([("before", summary(before)), ("after", summary(after))]))
+    else:  # not stopped
+        if ipro:
+            after, videos = watch()
+            log.write(dict(step=options.steps, held_out=summary(after)))
+        export(out)
+        if rank == 0:
+            draw_curves(log.rows, out / "curves.png")
+        if ipro and rank == 0:
+            shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
+            write_video(out / "before_after.mp4", shown, job.wan.preset.fps)
+            print(table([("before", summary(before)), ("after", summary(after))]))
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -100,9 +100,7 @@ def write_times(times):
 # ------------------------------------------------------------------------------------------------------ clips
 
 TRAIN, HELDOUT, CLIPS_EACH = range(600), range(10000, 10060), 4
-SHIP_BYTES = 15_000_000
-DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-DIT_ROUNDS = "--steps 4000 --lr 2e-3 --decay 0.6".split(), "--steps 3400 --lr 1.5e-3 --decay 0.8".split()
+SHIP_BYTES = 15_000_000  # most that the clips in assets/clips/ take
 
 
 def encode_mp4(frames, fps):
@@ -247,6 +245,10 @@ def vae(args):
 def program(*arguments):
     """Runs one of the repository's programs; a failing one ends the stage."""
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ASSETS.parent, check=True)
+
+
+DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
+DIT_ROUNDS = "--steps 4000 --lr 2e-3 --decay 0.6".split(), "--steps 3400 --lr 1.5e-3 --decay 0.8".split()
 
 
 @stage("dit.safetensors: flow matching from scratch on the clips' latents, train.py --objective sft")

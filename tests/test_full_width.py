@@ -1,7 +1,9 @@
-"""One IPRO step of the whole of Wan2.2-TI2V-5B on random weights; minutes and 20 GB, so it runs by hand:
+"""One IPRO step of the whole of Wan2.2-TI2V-5B on random weights, by hand:
 
-python tests/bench_wan5b.py FOLDER --size 256x256 --frames 5 --steps 2      (writes FOLDER, 25 GB)
-WAN5B=FOLDER pytest -s tests/test_full_width.py
+    python tests/bench_wan5b.py FOLDER --size 256x256 --frames 5 --steps 2
+    WAN5B=FOLDER pytest -s tests/test_full_width.py
+
+The first writes FOLDER (25 GB) and samples; the second takes minutes and 15 GB of memory.
 """
 
 import json
