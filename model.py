@@ -1413,6 +1413,20 @@ def merge_lora(model, path, strength=1.0):
 # A preset's networks, found in a folder and loaded
 
 
+@contextlib.contextmanager
+def resting(network, rest=True):
+    """While this lasts the frozen weights of a network, which is not at work, wait on the host; `rest`: if they do."""
+    frozen = [p for p in network.parameters() if not p.requires_grad] if rest else []
+    places = [p.device for p in frozen]
+    for p in frozen:
+        p.data = p.data.to("cpu")
+    try:
+        yield
+    finally:
+        for p, place in zip(frozen, places):
+            p.data = p.data.to(place)
+
+
 class Experts(nn.Module):
     """I2V-A14B's two transformers as one: timesteps from 1000·boundary up go to `high`, the others to `low`.
 

@@ -8,6 +8,7 @@ on top; the plan leaves that margin to the reader.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -87,6 +88,15 @@ def on_host(meter, **_):
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: torch.empty(packed[0], dtype=packed[1]))
 
 
+@contextlib.contextmanager
+def resting(meter, network, rest=True):
+    """model.resting: the device lets the network's frozen weights go, and has them again afterwards."""
+    size = sum(p.nbytes for p in network.parameters() if not p.requires_grad) if rest else 0
+    meter.add(-size)
+    yield
+    meter.add(size)
+
+
 def detector(frames):
     """One face in the middle of every frame."""
     centre = torch.tensor([frames.shape[3] / 2, frames.shape[2] / 2])
@@ -152,6 +162,7 @@ def simulate(options, frames, size, step=train.ipro_step):
             patch.object(F, "scaled_dot_product_attention", fused_attention),
             patch.object(torch.autograd.graph, "save_on_cpu", functools.partial(on_host, meter)),
             patch.object(model, "latent_window", window_of_face),
+            patch.object(train, "resting", functools.partial(resting, meter)),
             patch.object(train, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16)),
             patch.object(train, "rollout", during("rollout", rollout)),
             patch.object(train, "window_backward", during("window", window_backward)),

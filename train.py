@@ -43,6 +43,7 @@ from model import (
     add_lora,
     load_model,
     lora_disabled,
+    resting,
     save_lora,
     write_safetensors,
 )
@@ -110,7 +111,7 @@ class TrainOptions:
     kl_weighting: str = option("sigma", "of the KL over steps: sigma, dt or uniform")
     reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
     checkpointing: bool = option(False, "recompute each transformer block in the backward pass: memory for time")
-    offload: bool = option(False, "keep on the host: with --checkpointing the blocks' inputs, and A14B's idle expert")
+    offload: bool = option(False, "keep on the host what is not at work: networks, and --checkpointing's block inputs")
     decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's")
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
@@ -436,26 +437,28 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
     if options.people == "largest" and pool.dim() == 4:
         pool, pool_mask = pool[:, 0], pool_mask[:, 0]
     computing = functools.partial(autocast, noise.device, options.precision)
-    with computing():
+    rest = functools.partial(resting, rest=options.offload)
+    with computing(), rest(job.wan.vae):
         latents = rollout(job.wan.dit, noise, batch.get("first"), context, sigma, options.window, y)
     rows, grads = [], []
     decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
-    for b in range(size):  # one clip's decoder graph at a time
-        x = latents[-1][b : b + 1].clone().requires_grad_()
-        with computing():
-            video = job.wan.vae.decode(x, *decoding).float()
-        looked = scored_frames(noise[b], video.shape[2], options.score_frames)
-        score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
-        # g = d(-w_R R)/dx_N; the decoder's and the face network's graph is freed here
-        (grad,) = torch.autograd.grad(-options.reward_weight * job.share * score.sum(), x)
-        if options.reward_clip:
-            grad = grad * (options.reward_clip * job.share / grad.norm().clamp(min=1e-12)).clamp(max=1)
-        grads.append(grad)
-        row = dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]))
-        if job.judge is not None:
-            row["judge"] = job.judge(batch["row"][b], video.detach())
-        watched = clip_metrics(to_frames(video.detach()), info)
-        rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
+    with rest(job.wan.dit):
+        for b in range(size):  # one clip's decoder graph at a time
+            x = latents[-1][b : b + 1].clone().requires_grad_()
+            with computing():
+                video = job.wan.vae.decode(x, *decoding).float()
+            looked = scored_frames(noise[b], video.shape[2], options.score_frames)
+            score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
+            # g = d(-w_R R)/dx_N; the decoder's and the face network's graph is freed here
+            (grad,) = torch.autograd.grad(-options.reward_weight * job.share * score.sum(), x)
+            if options.reward_clip:
+                grad = grad * (options.reward_clip * job.share / grad.norm().clamp(min=1e-12)).clamp(max=1)
+            grads.append(grad)
+            row = dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]))
+            if job.judge is not None:
+                row["judge"] = job.judge(batch["row"][b], video.detach())
+            watched = clip_metrics(to_frames(video.detach()), info)
+            rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
 
     def penalty(v, x, i):
         with torch.no_grad(), computing():
@@ -468,7 +471,7 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             row["kl"] = row.get("kl", 0.0) + value / options.window
         return options.kl_weight * job.share * kl.sum() / options.window
 
-    with computing():
+    with computing(), rest(job.wan.vae):
         window_backward(job.model, latents, sigma, context, torch.cat(grads), penalty, y, hold)
     return rows
 

@@ -16,6 +16,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,7 @@ def write_times(times):
 # ------------------------------------------------------------------------------------------------------ clips
 
 TRAIN, HELDOUT, CLIPS_EACH = range(600), range(10000, 10060), 4
+MORE, MORE_EACH = range(600, 1800), 3  # for the transformer alone: with the 600 it learned its people by heart
 SHIP_BYTES = 15_000_000  # most that the clips in assets/clips/ take
 
 
@@ -134,16 +136,19 @@ def cast(split, identity, k):
 
 
 def render_identity(job):
-    """Renders the missing clips of one identity; the .json comes last and means that a clip is whole."""
-    split, identity, work = job
+    """Renders the missing clips of one identity; the .json comes last and means that a clip is whole.
+
+    job: the folder work/clips/ or work/more/, the split in it, the identity, its clips' number and work.
+    """
+    folder, split, identity, count, work = job
     import heads
     import torch
 
     torch.set_num_threads(1)
     heads.WORK = work
     made = 0
-    for k in range(CLIPS_EACH):
-        stem = work / "clips" / split / f"{identity:04d}_{k}"
+    for k in range(count):
+        stem = work / folder / split / f"{identity:04d}_{k}"
         if stem.with_suffix(".json").exists():
             continue
         people = [heads.person(i) for i in cast(split, identity, k)]
@@ -157,21 +162,57 @@ def render_identity(job):
 
 @stage("660 people, 4 clips each, and the selection in assets/clips/")
 def clips(args):
-    jobs = [("heldout", i, args.work) for i in HELDOUT] + [("train", i, args.work) for i in TRAIN]
-    jobs = [
-        j
-        for j in jobs
-        if any(not (args.work / "clips" / j[0] / f"{j[1]:04d}_{k}.json").exists() for k in range(CLIPS_EACH))
-    ]
-    if jobs:
-        import heads
-
-        heads.WORK = args.work
-        heads.model()  # once, before the workers would all build it
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            for _ in tqdm(pool.imap_unordered(render_identity, jobs), "clips, people", len(jobs)):
-                pass
+    jobs = [("clips", "heldout", i, CLIPS_EACH, args.work) for i in HELDOUT]
+    jobs += [("clips", "train", i, CLIPS_EACH, args.work) for i in TRAIN]
+    render(jobs, args.workers)
     ship(args.work)
+
+
+def render(jobs, workers):
+    """Does those jobs of `render_identity` that are not done yet."""
+    jobs = [j for j in jobs if any(not (j[4] / j[0] / j[1] / f"{j[2]:04d}_{k}.json").exists() for k in range(j[3]))]
+    if not jobs:
+        return
+    import heads
+
+    heads.WORK = jobs[0][4]
+    heads.model()  # once, before the workers would all build it
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for _ in tqdm(pool.imap_unordered(render_identity, jobs), "clips, people", len(jobs)):
+            pass
+
+
+def mirror(job):
+    """Writes a clip, its .mp4 and .txt (which comes last), as a mirror shows it: left is right."""
+    import numpy as np
+
+    from sample import read_video
+
+    stem, to = job
+    if to.with_suffix(".txt").exists():
+        return
+    frames, fps = read_video(stem.with_suffix(".mp4"))
+    write(to.with_suffix(".mp4"), encode_mp4(np.ascontiguousarray(frames[:, :, ::-1]), round(fps)))
+    swapped = {"left": "right", "right": "left"}
+    words = re.split(r"\b(left|right)\b", stem.with_suffix(".txt").read_text())
+    write(to.with_suffix(".txt"), "".join(swapped.get(word, word) for word in words))
+
+
+@stage("1200 further people, 3 clips each, and all training clips mirrored: for the transformer alone")
+def more(args):
+    """Fills work/more/ with all that the transformer learns from, the clips of the stage before among it."""
+    target = args.work / "more"
+    render([("more", "train", i, MORE_EACH, args.work) for i in MORE], args.workers)
+    for split in ("train", "heldout"):
+        (target / split).mkdir(exist_ok=True)
+        for file in (args.work / "clips" / split).glob("*.*"):
+            if not (target / split / file.name).exists():
+                os.link(file, target / split / file.name)
+    stems = sorted(p.with_suffix("") for p in (target / "train").glob("????_?.mp4"))
+    jobs = [(stem, stem.with_name(f"{stem.name}m")) for stem in stems]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for _ in tqdm(pool.imap_unordered(mirror, jobs, chunksize=8), "clips mirrored", len(jobs)):
+            pass
 
 
 def ship(work):
@@ -248,7 +289,7 @@ def program(*arguments):
 
 
 DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-DIT_ROUNDS = "--steps 4000 --lr 2e-3 --decay 0.6".split(), "--steps 3400 --lr 1.5e-3 --decay 0.8".split()
+DIT_ROUNDS = "--steps 3000 --lr 2e-3 --decay 0.6".split(), "--steps 4000 --lr 1.5e-3 --decay 0.8 --seed 1".split()
 
 
 @stage("dit.safetensors: flow matching from scratch on the clips' latents, train.py --objective sft")
@@ -266,7 +307,7 @@ def dit(args):
         write_safetensors(WanDiT(CONFIGS["tiny"].dit).state_dict(), start / "dit.safetensors")
     if not (latents / "index.jsonl").exists():
         shutil.rmtree(latents, ignore_errors=True)
-        program("data.py", args.work / "clips", "--out", latents, "--latents", "--ckpt", start)
+        program("data.py", args.work / "more", "--out", latents, "--latents", "--ckpt", start)
     train = ["train.py", "--objective", "sft", "--ckpt", start, "--data", latents, *DIT_RECIPE]
     for k, recipe in enumerate(DIT_ROUNDS):
         run = args.work / f"dit{k}"

@@ -11,7 +11,9 @@ when the weights and a first small pass stood. Medians of --repeats.
 """
 
 import argparse
+import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -283,11 +285,16 @@ def part(variant, size, which):
     return dict(seconds=min(timed(once) for _ in range(3)))
 
 
-def measured(kind, *arguments, repeats):
-    """The median of several processes' figures."""
+# glibc gives what is freed back at once, so that resident memory is what is in use: without, a step's peak varies by a
+# third from run to run. It costs page faults, so that seconds are of runs without.
+GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+
+
+def measured(kind, *arguments, repeats, memory=False):
+    """The median of several processes' figures; memory: of their peaks rather than of their seconds."""
     command = [sys.executable, __file__, "--run", kind, *map(str, arguments)]
-    runs = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-            for _ in range(repeats)]  # fmt: skip
+    told = dict(capture_output=True, text=True, check=True, env=os.environ | (GIVE_BACK if memory else {}))
+    runs = [json.loads(subprocess.run(command, **told).stdout.splitlines()[-1]) for _ in range(repeats)]
     return types.SimpleNamespace(**{k: statistics.median(r[k] for r in runs) for k in runs[0]})
 
 
@@ -304,28 +311,29 @@ def main():
         arguments = [int(a) if a.isdigit() else a for a in arguments]
         print(json.dumps(dict(step=step, planned=planned, decode=decode, part=part)[kind](*arguments)))
         return
-    run = lambda *arguments: measured(*arguments, repeats=options.repeats)
+    run = functools.partial(measured, repeats=options.repeats)
+    peak = lambda *arguments: run(*arguments, memory=True).megabytes
     if "step" in options.only:
         print(f"{'1. step':8} {'variant':36}{'seconds':>9}{'CPU s':>8}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
         for size in options.sizes:
             plain = None
             for variant in VARIANTS:
-                found = run("step", variant, size, 4)
-                plain = plain or found
-                ratio = f"{found.cpu / plain.cpu:7.2f}x{found.megabytes / plain.megabytes:7.2f}x"
-                row = f"{size:8} {variant:36}{found.seconds:9.2f}{found.cpu:8.1f}{found.megabytes:8.0f}{ratio}"
+                found, megabytes = run("step", variant, size, 4), peak("step", variant, size, 4)
+                plain = plain or (found.seconds, megabytes)
+                ratio = f"{found.seconds / plain[0]:7.2f}x{megabytes / plain[1]:7.2f}x"
+                row = f"{size:8} {variant:36}{found.seconds:9.2f}{found.cpu:8.1f}{megabytes:8.0f}{ratio}"
                 print(row, flush=True)
     if "window" in options.only:
         print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
         for variant in ("plain", VARIANTS[1]):
-            row = [run("step", variant, "tiny", k).megabytes for k in (1, 2, 4, 8)]
+            row = [peak("step", variant, "tiny", k) for k in (1, 2, 4, 8)]
             print(f"{variant:36}" + "".join(f"{mb:8.0f}" for mb in row), flush=True)
     if "frames" in options.only:
         lengths = (17, 33, 65, 121)
         print("\n3. decode + backward, peak MB over frames (middle's VAE, 128x128)")
         print(f"{'':36}" + "".join(f"{n:8}" for n in lengths) + "   MB a frame")
         for variant, name in (("plain", "plain"), ("whole", "ours, all at once"), ("ours", "ours, decode_frames=2")):
-            row = [run("decode", variant, "middle", n).megabytes for n in lengths]
+            row = [peak("decode", variant, "middle", n) for n in lengths]
             growth = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
             print(f"{name:36}" + "".join(f"{mb:8.0f}" for mb in row) + f"{growth:13.2f}", flush=True)
     if "parts" in options.only:
@@ -342,9 +350,9 @@ def main():
         print(f"\n6. {'peak MB of the step':42}{'measured':>9}{'planned':>9}{'ratio':>7}")
         for size in options.sizes:
             for variant in VARIANTS[1:3]:
-                found, plan = run("step", variant, size, 4), measured("planned", variant, size, 4, repeats=1)
-                print(f"   {size + ', ' + variant:42}{found.megabytes:9.0f}{plan.megabytes:9.0f}"
-                      f"{plan.megabytes / found.megabytes:7.2f}", flush=True)  # fmt: skip
+                found = peak("step", variant, size, 4)
+                plan = measured("planned", variant, size, 4, repeats=1).megabytes
+                print(f"   {size + ', ' + variant:42}{found:9.0f}{plan:9.0f}{plan / found:7.2f}", flush=True)
 
 
 VARIANTS = ("plain", "ours", "ours checkpointing=1 decode_frames=2", "ours checkpointing=1 face_window=2",

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import data
 import model
 import sample
+import train
 from model import (
     CONFIGS,
     DiTConfig,
@@ -34,6 +37,7 @@ from model import (
     save_lora,
     tokenize,
 )
+from reward import TEMPLATE, FaceDetector, Faces
 from sample import condition, guided, rollout, sigmas, unipc
 
 diffusers = pytest.importorskip("diffusers")
@@ -242,6 +246,49 @@ def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world
     frames, fps = sample.read_video(out)
     assert frames.shape == (9, 64, 64, 3) and fps == CONFIGS[name].fps
     assert f"{out}: 9 frames of 64x64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["wan5b", "wan14b"])
+def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, monkeypatch, capsys):
+    """data.py, train.py and --resume; of A14B's experts the low-noise one is tuned."""
+    for split in ("train", "heldout"):
+        (tmp_path / "clips" / split).mkdir(parents=True)
+        for i in range(2):
+            frames = np.random.default_rng(i).integers(0, 255, (9, 64, 64, 3), np.uint8)
+            sample.write_video(tmp_path / "clips" / split / f"{i}.mp4", frames, 8)
+            (tmp_path / "clips" / split / f"{i}.txt").write_text("a man smiles")
+
+    def one_face(self, frames):
+        corner = torch.tensor([8.0, 8.0])
+        return [
+            Faces(torch.tensor([[8.0, 8, 56, 56]]), torch.ones(1), corner + TEMPLATE[None] * 48 / 112) for _ in frames
+        ]
+
+    monkeypatch.setattr(FaceDetector, "__call__", one_face)  # networks of random weights show none
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ckpt = ["--model", name, "--ckpt", world[0] / f"native-{name}"]
+
+    def program(main, *arguments):
+        monkeypatch.setattr("sys.argv", [str(a) for a in ("program", *arguments)])
+        main()
+
+    program(data.main, tmp_path / "clips", "--out", tmp_path / "set", *ckpt)
+    out = ["--out", tmp_path / "run"]
+    program(train.main, *ckpt, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2, "--sampling_steps", 4,
+            "--window", 1, "--lr", 1e-3, "--lora_rank", 2, "--eval_clips", 2, "--offload")  # fmt: skip
+    program(train.main, "--resume", *out, "--steps", 3)
+    assert "going on from step 2" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "held_out" not in row]
+    assert [row["step"] for row in steps] == [0, 1, 2] and all(row["face_rate"] == 1 for row in steps)
+    assert steps[0]["kl"] == 0 < steps[1]["kl"] and all(row["grad_norm"] > 0 for row in steps)
+    lora = tmp_path / "run/lora.safetensors"
+    assert any(v.any() for k, v in load_file(lora).items() if "lora_B" in k)
+    tuned, plain = (load_model(name, world[0] / f"native-{name}").dit for _ in range(2))
+    if name == "wan14b":
+        tuned, plain = tuned.expert("low"), plain.expert("low")
+    assert merge_lora(tuned, lora)[0] == 2 * 10  # q, k, v, o of both attentions and two layers of feed-forward
+    assert not all(map(torch.equal, tuned.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

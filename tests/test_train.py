@@ -145,6 +145,9 @@ def test_the_plan_runs_the_step_without_data_and_streaming_lowers_its_peak():
     dit = load_model("tiny").dit
     assert whole.sizes["transformer"] < 4 * sum(p.numel() for p in dit.parameters())  # bf16 but for the norms
     assert parts.peaks["decode"] < whole.peaks["decode"] and parts.flops["window"] == whole.flops["window"] > 0
+    rests = simulate(dataclasses.replace(options, offload=True), 33, (128, 128))  # the network that is not at work
+    for phase, network in (("rollout", "VAE"), ("decode", "transformer"), ("window", "VAE")):
+        assert 0.7 < (whole.peaks[phase] - rests.peaks[phase]) / whole.sizes[network] <= 1, phase
 
 
 def test_the_step_data_are_a_function_of_seed_and_step():
