@@ -289,7 +289,7 @@ def program(*arguments):
 
 
 DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-DIT_ROUNDS = "--steps 3000 --lr 2e-3 --decay 0.6".split(), "--steps 4000 --lr 1.5e-3 --decay 0.8 --seed 1".split()
+DIT_ROUNDS = "--steps 3000 --lr 2e-3 --decay 0.6".split(), "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split()
 
 
 @stage("dit.safetensors: flow matching from scratch on the clips' latents, train.py --objective sft")
