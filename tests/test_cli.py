@@ -48,7 +48,7 @@ MISTAKES = [
     ("data.py", ["empty", "--out", "made"], "no video in it"),
     ("data.py", ["empty", "--out", "full"], "not empty"),
     ("eval.py", ["--lora", "none.safetensors"], "python train.py"),
-    ("assets/build.py", ["everything"], "stages are: clips, text"),
+    ("assets/build.py", ["everything"], "stages are: clips, more"),
 ]
 
 
