@@ -1415,7 +1415,7 @@ def merge_lora(model, path, strength=1.0):
 
 @contextlib.contextmanager
 def resting(network, rest=True):
-    """While this lasts the frozen weights of a network, which is not at work, wait on the host; `rest`: if they do."""
+    """While this lasts, a network that is not at work has its frozen weights on the host; rest=False leaves them."""
     frozen = [p for p in network.parameters() if not p.requires_grad] if rest else []
     places = [p.device for p in frozen]
     for p in frozen:

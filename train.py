@@ -75,7 +75,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's: of what was tried for ten minutes on two cores, the most for a tenth of the motion
+TINY = dict(  # over the recipe's: of what was tried for ten minutes on two cores, the most FaceSim for the motion
     batch=4, micro_batch=4, steps=100, lr=2e-3, decay=0.9, kl_weighting="uniform", eval_clips=60, watch_every=50,
 )  # fmt: skip
 CHOICES = dict(

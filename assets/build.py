@@ -135,51 +135,49 @@ def cast(split, identity, k):
     return [identity, other] if g.random() < 0.5 else [other, identity]
 
 
-def render_identity(job):
-    """Renders the missing clips of one identity; the .json comes last and means that a clip is whole.
+def clip_stems(folder, identity, count):
+    """The paths, without suffix, of an identity's first `count` clips in a folder."""
+    return [folder / f"{identity:04d}_{k}" for k in range(count)]
 
-    job: the folder work/clips/ or work/more/, the split in it, the identity, its clips' number and work.
-    """
-    folder, split, identity, count, work = job
+
+def render_identity(job):
+    """Renders the missing clips of one identity; the .json comes last and means that a clip is whole."""
+    folder, identity, count, work = job
     import heads
     import torch
 
     torch.set_num_threads(1)
     heads.WORK = work
-    made = 0
-    for k in range(count):
-        stem = work / folder / split / f"{identity:04d}_{k}"
+    for k, stem in enumerate(clip_stems(folder, identity, count)):
         if stem.with_suffix(".json").exists():
             continue
-        people = [heads.person(i) for i in cast(split, identity, k)]
+        people = [heads.person(i) for i in cast(folder.name, identity, k)]
         frames, truth, caption = heads.clip(people, identity * CLIPS_EACH + k)
         write(stem.with_suffix(".mp4"), encode_mp4(frames, heads.FPS))
         write(stem.with_suffix(".txt"), caption + "\n")
         write(stem.with_suffix(".json"), json.dumps(truth, separators=(",", ":")))
-        made += 1
-    return made
+
+
+def render(folder, identities, count, args):
+    """Renders what is missing of the first `count` clips of each identity, into a folder named as its split."""
+    missing = [i for i in identities if not all(s.with_suffix(".json").exists() for s in clip_stems(folder, i, count))]
+    if not missing:
+        return
+    import heads
+
+    heads.WORK = args.work
+    heads.model()  # once, before the workers would all build it
+    jobs = [(folder, i, count, args.work) for i in missing]
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        for _ in tqdm(pool.imap_unordered(render_identity, jobs), f"{folder.name} clips, people", len(jobs)):
+            pass
 
 
 @stage("660 people, 4 clips each, and the selection in assets/clips/")
 def clips(args):
-    jobs = [("clips", "heldout", i, CLIPS_EACH, args.work) for i in HELDOUT]
-    jobs += [("clips", "train", i, CLIPS_EACH, args.work) for i in TRAIN]
-    render(jobs, args.workers)
+    render(args.work / "clips/heldout", HELDOUT, CLIPS_EACH, args)
+    render(args.work / "clips/train", TRAIN, CLIPS_EACH, args)
     ship(args.work)
-
-
-def render(jobs, workers):
-    """Does those jobs of `render_identity` that are not done yet."""
-    jobs = [j for j in jobs if any(not (j[4] / j[0] / j[1] / f"{j[2]:04d}_{k}.json").exists() for k in range(j[3]))]
-    if not jobs:
-        return
-    import heads
-
-    heads.WORK = jobs[0][4]
-    heads.model()  # once, before the workers would all build it
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for _ in tqdm(pool.imap_unordered(render_identity, jobs), "clips, people", len(jobs)):
-            pass
 
 
 def mirror(job):
@@ -202,7 +200,7 @@ def mirror(job):
 def more(args):
     """Fills work/more/ with all that the transformer learns from, the clips of the stage before among it."""
     target = args.work / "more"
-    render([("more", "train", i, MORE_EACH, args.work) for i in MORE], args.workers)
+    render(target / "train", MORE, MORE_EACH, args)
     for split in ("train", "heldout"):
         (target / split).mkdir(exist_ok=True)
         for file in (args.work / "clips" / split).glob("*.*"):

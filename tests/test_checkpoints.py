@@ -258,13 +258,10 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
             sample.write_video(tmp_path / "clips" / split / f"{i}.mp4", frames, 8)
             (tmp_path / "clips" / split / f"{i}.txt").write_text("a man smiles")
 
-    def one_face(self, frames):
-        corner = torch.tensor([8.0, 8.0])
-        return [
-            Faces(torch.tensor([[8.0, 8, 56, 56]]), torch.ones(1), corner + TEMPLATE[None] * 48 / 112) for _ in frames
-        ]
-
-    monkeypatch.setattr(FaceDetector, "__call__", one_face)  # networks of random weights show none
+    face = Faces(torch.tensor([[8.0, 8, 56, 56]]), torch.ones(1), 8 + TEMPLATE[None] * 48 / 112)
+    monkeypatch.setattr(
+        FaceDetector, "__call__", lambda _, frames: [face] * len(frames)
+    )  # networks of random weights show none
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     ckpt = ["--model", name, "--ckpt", world[0] / f"native-{name}"]
 
