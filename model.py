@@ -757,8 +757,7 @@ class WanRMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        y = full_precision(x)
-        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(full_precision(x), self.weight.shape, full_precision(self.weight), self.eps)
 
 
 class WanLayerNorm(nn.LayerNorm):
@@ -769,7 +768,7 @@ class WanLayerNorm(nn.LayerNorm):
 
 
 def rope_table(grid, head_dim, device):
-    """Cosine and sine [F'·h·w, head_dim/2] of the rotary angles, computed in fp64 over (time, height, width)."""
+    """The rotations exp(i angle) [F'·h·w, 1, head_dim/2] over (time, height, width), in complex128."""
     c = head_dim // 2
     axes = []
     for i, (n, part) in enumerate(zip(grid, (c - 2 * (c // 3), c // 3, c // 3))):
@@ -778,15 +777,14 @@ def rope_table(grid, head_dim, device):
         shape = [1, 1, 1, part]
         shape[i] = n
         axes.append(angle.view(shape).expand(*grid, part))
-    angle = torch.cat(axes, -1).flatten(0, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.cat(axes, -1).flatten(0, 2)[:, None]
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def rope_apply(x, table):
     """Rotate neighbouring pairs of x [B, L, heads, head_dim] in at least fp32."""
-    a, b = full_precision(x).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (part.type_as(a)[:, None] for part in table)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(full_precision(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table.to(pairs.dtype)).flatten(-2).type_as(x)
 
 
 class WanAttention(nn.Module):
@@ -828,13 +826,13 @@ class WanAttentionBlock(nn.Module):
         def per_frame(y):
             return y.unflatten(1, (frames, -1))  # [B, F', tokens of a frame, dim]
 
-        y = per_frame(self.norm1(x)) * (1 + e[1]) + e[0]
+        y = torch.addcmul(e[0], per_frame(self.norm1(x)), 1 + e[1])
         y = self.self_attn(y.flatten(1, 2).to(dtype), rope=rope)
-        x = x + (per_frame(y) * e[2]).flatten(1, 2)
+        x = torch.addcmul(per_frame(x), per_frame(y), e[2]).flatten(1, 2)
         x = x + self.cross_attn(self.norm3(x).to(dtype), context=context)
-        y = per_frame(self.norm2(x)) * (1 + e[4]) + e[3]
+        y = torch.addcmul(e[3], per_frame(self.norm2(x)), 1 + e[4])
         y = self.ffn(y.flatten(1, 2).to(dtype))
-        return x + (per_frame(y) * e[5]).flatten(1, 2)
+        return torch.addcmul(per_frame(x), per_frame(y), e[5]).flatten(1, 2)
 
 
 class Head(nn.Module):
@@ -1269,8 +1267,8 @@ class LoRALinear(nn.Linear):
         y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return y
-        low = F.linear(F.linear(x, self.lora_A.type_as(x)), self.lora_B.type_as(x))
-        return y + self.scale * low
+        low = self.scale * F.linear(x, self.lora_A.type_as(x))
+        return y.add_(F.linear(low, self.lora_B.type_as(x)))
 
 
 def lora_layers(model):

@@ -82,6 +82,10 @@ CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
     fsm=("pool", "first", "aligned"), people=("largest", "all"), precision=("", "bf16", "fp32"),
 )  # fmt: skip
+LEAST = dict(face_window=-1)
+LEAST |= dict.fromkeys("lr warmup decay grad_clip lora_rank reward_weight kl_weight reward_clip".split(), 0)
+LEAST |= dict.fromkeys("decode_frames score_frames min_face min_score watch_every".split(), 0)
+LEAST |= dict.fromkeys("steps batch micro_batch sampling_steps window save_every keep max_skips eval_clips".split(), 1)
 
 
 @dataclass
@@ -162,9 +166,19 @@ def check(options):
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(filter(None, allowed))}")
     if options.model not in CONFIGS:
         raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    for name in ("steps", "batch", "micro_batch", "sampling_steps", "window", "save_every", "keep", "max_skips"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)}: at least 1")
+    for name, least in LEAST.items():
+        if not getattr(options, name) >= least:
+            raise UserError(f"--{name} {getattr(options, name)}: at least {least}")
+    for name in ("decay", "min_score"):
+        if getattr(options, name) > 1:
+            raise UserError(f"--{name} {getattr(options, name)}: at most 1")
+    for name in ("gpus", "frames", "size"):
+        if getattr(options, name) != getattr(TrainOptions, name):
+            raise UserError(f"--{name}: of --plan only; a run's clips are as data.py cached them")
+    if options.objective == "sft" and options.judge:
+        raise UserError("--judge: --objective sft samples no clips that it could watch")
+    if options.objective == "ipro" and options.reward_weight == options.kl_weight == 0:
+        raise UserError("--reward_weight 0 and --kl_weight 0: nothing is left to optimise")
     if options.window > options.sampling_steps:
         raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
     boundary = CONFIGS[options.model].boundary
