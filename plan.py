@@ -180,6 +180,7 @@ def simulate(options, frames, size, step=train.ipro_step):
         dit = transformer(preset.dit, torch.float32 if full else torch.bfloat16)
         dit.checkpointing, dit.offload = options.checkpointing, options.offload
         weigh("transformer")
+        parameters = sum(p.numel() for p in dit.parameters())
         vae = WanVAE(preset.vae).requires_grad_(False)
         weigh("VAE")
         reward = FaceReward(detector, ArcFace((3, 13, 30, 3)).eval().requires_grad_(False))
@@ -230,8 +231,9 @@ def simulate(options, frames, size, step=train.ipro_step):
         sharded = sum(sizes[n] for n in ("transformer", "reference", "gradients", "optimizer"))
         idle += 2 * max(blocks) - sharded * (1 - 1 / options.gpus)
     return types.SimpleNamespace(
-        sizes=sizes, peaks={phase: peak + idle for phase, peak in peaks.items()}, flops=meter.flops, host=meter.host,
-        tokens=math.prod(shape) // math.prod(preset.dit.patch_size), seconds=meter.flops.total() / (PEAK * SHARE),
+        parameters=parameters, sizes=sizes, peaks={phase: peak + idle for phase, peak in peaks.items()},
+        flops=meter.flops, host=meter.host, tokens=math.prod(shape) // math.prod(preset.dit.patch_size),
+        seconds=meter.flops.total() / (PEAK * SHARE),
     )  # fmt: skip
 
 
@@ -244,7 +246,8 @@ def plan(options):
     frames, size = options.frames or preset.frames, options.size or preset.size
     tuning = f"LoRA of rank {options.lora_rank}" if options.lora_rank else f"all weights over {options.gpus} GPU(s)"
     found = simulate(options, frames, size)
-    print(f"{options.model}, {size[0]}x{size[1]}x{frames}, {found.tokens} tokens, {tuning}, K = {options.window}")
+    print(f"{options.model}, {found.parameters / 1e9:.2f} B parameters{' (each expert)' if preset.boundary else ''}, "
+          f"{size[0]}x{size[1]}x{frames}, {found.tokens} tokens, {tuning}, K = {options.window}")  # fmt: skip
     print("resident, GB: " + ", ".join(f"{n} {v / 1e9:.1f}" for n, v in found.sizes.items() if n != "inputs"))
     for phase, peak in found.peaks.items():
         print(f"{phase:10} peak {peak / 1e9:6.1f} GB {found.flops[phase] / 1e12:9.0f} TFLOP")
