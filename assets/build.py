@@ -101,7 +101,7 @@ def write_times(times):
 # ------------------------------------------------------------------------------------------------------ clips
 
 TRAIN, HELDOUT, CLIPS_EACH = range(600), range(10000, 10060), 4
-MORE, MORE_EACH = range(600, 1800), 3  # for the transformer alone: with the 600 it learned its people by heart
+MORE, MORE_EACH = range(600, 1800), 3  # of 600 people the transformer learned each by heart
 SHIP_BYTES = 15_000_000  # most that the clips in assets/clips/ take
 
 
@@ -196,9 +196,9 @@ def mirror(job):
     write(to.with_suffix(".txt"), "".join(swapped.get(word, word) for word in words))
 
 
-@stage("1200 further people, 3 clips each, and all training clips mirrored: for the transformer alone")
+@stage("1200 further people, 3 clips each, and all training clips mirrored: for transformer and ArcFace")
 def more(args):
-    """Fills work/more/ with all that the transformer learns from, the clips of the stage before among it."""
+    """Fills work/more/ with all that transformer and ArcFace learn from, the clips of the stage before among it."""
     target = args.work / "more"
     render(target / "train", MORE, MORE_EACH, args)
     for split in ("train", "heldout"):
@@ -287,7 +287,11 @@ def program(*arguments):
 
 
 DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-DIT_ROUNDS = "--steps 3000 --lr 2e-3 --decay 0.6".split(), "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split()
+DIT_ROUNDS = [
+    "--steps 3000 --lr 2e-3 --decay 0.6".split(),
+    "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split(),
+    "--steps 3600 --lr 1.5e-3 --decay 0.8 --seed 2".split(),
+]
 
 
 @stage("dit.safetensors: flow matching from scratch on the clips' latents, train.py --objective sft")

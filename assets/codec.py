@@ -38,9 +38,9 @@ EMA = 0.999
 
 
 def read_clips(folder, cache):
-    """A folder's clips as a memory map uint8 [N, 17, 3, 128, 128]; boxes [N, 17, 2, 4] and landmarks [N, 17, 2, 5, 2]
-    of up to two people, zero where there is none."""
-    files = sorted(Path(folder).glob("*.mp4"))
+    """A folder's clips that have a truth, as a memory map uint8 [N, 17, 3, 128, 128]; boxes [N, 17, 2, 4] and landmarks
+    [N, 17, 2, 5, 2] of up to two people, zero where there is none."""
+    files = sorted(f.with_suffix(".mp4") for f in Path(folder).glob("*.json"))
     names = cache.with_suffix(".json")
     if not (names.exists() and json.loads(names.read_text()) == [f.stem for f in files]):
         part = cache.with_suffix(".part.npy")

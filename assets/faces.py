@@ -28,7 +28,7 @@ from reward import ArcFace, FaceDetector, align
 
 LAYERS, WIDTHS = (1, 2, 2, 1), (16, 32, 64, 128)
 MARGIN, SCALE = 0.35, 32.0
-ARCFACE_STEPS, ARCFACE_BATCH = 800, 64
+ARCFACE_STEPS, ARCFACE_BATCH = 2400, 64
 DETECTOR_STEPS, DETECTOR_BATCH = 6500, 32
 INPUT_SIZE = 128  # of the detector: the tiny world's frames as they are
 
@@ -92,8 +92,8 @@ def train_arcface(work, out, threads=1):
     torch.set_num_threads(threads)
     work = Path(work)
     (work / "arcface").mkdir(parents=True, exist_ok=True)
-    clips, _, landmarks = read_clips(work / "clips/train", work / "train.npy")
-    rows = people(work / "clips/train")
+    clips, _, landmarks = read_clips(work / "more/train", work / "more.npy")
+    rows = people(work / "more/train")
     label = {identity: k for k, identity in enumerate(sorted({r[2] for r in rows}))}
     torch.manual_seed(0)
     model = ArcFace(LAYERS, WIDTHS)
@@ -114,12 +114,13 @@ def train_arcface(work, out, threads=1):
         rng = np.random.default_rng([11, step])
         chosen = [rows[k] for k in rng.integers(len(rows), size=ARCFACE_BATCH)]
         crops = faces_at(clips, landmarks, chosen, rng.integers(17, size=len(chosen)), 0.04, rng)
-        crops = degrade(crops, rng)
+        mirrored = torch.from_numpy(rng.random((len(crops), 1, 1, 1)) >= 0.5)
+        crops = degrade(torch.where(mirrored, crops.flip(3), crops), rng)
         target = torch.tensor([label[r[2]] for r in chosen])
         with torch.autocast("cpu", torch.bfloat16):  # channels last: 1.5 times as fast on a CPU
             embedding = model(crops.contiguous(memory_format=torch.channels_last)).float()
         cos = F.normalize(embedding, dim=1) @ F.normalize(centres, dim=1).T
-        margin = MARGIN * min(1, step / 400)
+        margin = MARGIN * min(1, step / 800)
         true = cos.gather(1, target[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
         logits = SCALE * cos.scatter(1, target[:, None], torch.cos(true.acos() + margin))
         loss = F.cross_entropy(logits, target)
