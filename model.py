@@ -782,9 +782,8 @@ def rope_table(grid, head_dim, device):
 
 
 def rope_apply(x, table):
-    """Rotate neighbouring pairs of x [B, L, heads, head_dim] in at least fp32."""
-    pairs = torch.view_as_complex(full_precision(x).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table.to(pairs.dtype)).flatten(-2).type_as(x)
+    """Rotate neighbouring pairs of x [B, L, heads, head_dim], which the norm before left in fp32 or fp64."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
 
 
 class WanAttention(nn.Module):
@@ -907,7 +906,7 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).type_as(modulation)  # [B, L, dim]
         context = F.pad(context.to(dtype), (0, 0, 0, cfg.text_len - context.shape[1]))
         context = self.text_embedding(context)
-        rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device)
+        rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device).to(x.dtype.to_complex())
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 with torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else contextlib.nullcontext():

@@ -82,7 +82,7 @@ CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
     fsm=("pool", "first", "aligned"), people=("largest", "all"), precision=("", "bf16", "fp32"),
 )  # fmt: skip
-LEAST = dict(face_window=-1)
+LEAST = dict(face_window=-1)  # that the numbers may be
 LEAST |= dict.fromkeys("lr warmup decay grad_clip lora_rank reward_weight kl_weight reward_clip".split(), 0)
 LEAST |= dict.fromkeys("decode_frames score_frames min_face min_score watch_every".split(), 0)
 LEAST |= dict.fromkeys("steps batch micro_batch sampling_steps window save_every keep max_skips eval_clips".split(), 1)

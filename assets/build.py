@@ -101,7 +101,7 @@ def write_times(times):
 # ------------------------------------------------------------------------------------------------------ clips
 
 TRAIN, HELDOUT, CLIPS_EACH = range(600), range(10000, 10060), 4
-MORE, MORE_EACH = range(600, 1800), 3  # of 600 people the transformer learned each by heart
+MORE, MORE_EACH = range(600, 1800), 3  # with TRAIN alone, the transformer learned its people by heart
 SHIP_BYTES = 15_000_000  # most that the clips in assets/clips/ take
 
 
@@ -221,12 +221,13 @@ def ship(work):
 
     source = work / "clips"
     pairs = {
-        split: [source / split / f"{i:04d}_{CLIPS_EACH - 1}" for i in ids if len(cast(split, i, CLIPS_EACH - 1)) == 2]
+        split: [clip_stems(source / split, i, CLIPS_EACH)[-1] for i in ids if len(cast(split, i, CLIPS_EACH - 1)) == 2]
         for split, ids in (("train", TRAIN), ("heldout", HELDOUT))
     }
-    chosen = [source / "heldout" / f"{i:04d}_{k}" for i in HELDOUT for k in range(2)]
+    chosen = [stem for i in HELDOUT for stem in clip_stems(source / "heldout", i, 2)]
     chosen += pairs["heldout"][:6] + pairs["train"][:6]
-    chosen += [source / "train" / f"{i:04d}_0" for i in TRAIN[:300]]  # many people: with 48, tuning learns their faces
+    for i in TRAIN[:300]:  # many people: with 48, tuning learns their faces
+        chosen += clip_stems(source / "train", i, 1)
     total, kept = 0, []
     for stem in chosen:
         if total + size(stem) <= SHIP_BYTES:
@@ -240,9 +241,7 @@ def ship(work):
             if Path(split, old.name) not in wanted:
                 old.unlink()
     for name in sorted(wanted):
-        part = target / name.parent / f".{name.name}.part"
-        shutil.copyfile(source / name, part)
-        os.replace(part, target / name)
+        write(target / name, (source / name).read_bytes())
     count = {s: sum(k.parent.name == s for k in kept) for s in ("train", "heldout")}
     print(
         f"assets/clips: {count['train']} training and {count['heldout']} held-out clips, {total / 1e6:.2f} MB"

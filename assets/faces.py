@@ -120,7 +120,7 @@ def train_arcface(work, out, threads=1):
         with torch.autocast("cpu", torch.bfloat16):  # channels last: 1.5 times as fast on a CPU
             embedding = model(crops.contiguous(memory_format=torch.channels_last)).float()
         cos = F.normalize(embedding, dim=1) @ F.normalize(centres, dim=1).T
-        margin = MARGIN * min(1, step / 800)
+        margin = MARGIN * min(1, 3 * step / ARCFACE_STEPS)
         true = cos.gather(1, target[:, None]).clamp(-1 + 1e-6, 1 - 1e-6)
         logits = SCALE * cos.scatter(1, target[:, None], torch.cos(true.acos() + margin))
         loss = F.cross_entropy(logits, target)

@@ -259,9 +259,8 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
             (tmp_path / "clips" / split / f"{i}.txt").write_text("a man smiles")
 
     face = Faces(torch.tensor([[8.0, 8, 56, 56]]), torch.ones(1), 8 + TEMPLATE[None] * 48 / 112)
-    monkeypatch.setattr(
-        FaceDetector, "__call__", lambda _, frames: [face] * len(frames)
-    )  # networks of random weights show none
+    # networks of random weights show none
+    monkeypatch.setattr(FaceDetector, "__call__", lambda _, frames: [face] * len(frames))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     ckpt = ["--model", name, "--ckpt", world[0] / f"native-{name}"]
 
