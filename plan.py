@@ -141,10 +141,11 @@ def straight_step(job, batch, noise):
 
 
 def simulate(options, frames, size, step=train.ipro_step):
-    """A step of one clip: bytes by category, and FLOPs and peak bytes by phase."""
+    """A step of one clip: bytes on one GPU by category, and FLOPs and peak bytes by phase."""
     preset = CONFIGS[options.model]
     shape = latent_size(preset, frames, size)
     full = options.lora_rank == 0
+    share = 1 / options.gpus if full else 1  # FSDP2: a GPU's of weights, gradients and optimizer
     meter = Meter()
 
     def enter(name):
@@ -163,7 +164,7 @@ def simulate(options, frames, size, step=train.ipro_step):
             patch.object(torch.autograd.graph, "save_on_cpu", functools.partial(on_host, meter)),
             patch.object(model, "latent_window", window_of_face),
             patch.object(train, "resting", functools.partial(resting, meter)),
-            patch.object(train, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16)),
+            patch.object(train, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)),
             patch.object(train, "rollout", during("rollout", rollout)),
             patch.object(train, "window_backward", during("window", window_backward)),
             patch.object(train, "to_frames", lambda video: None),
@@ -173,13 +174,22 @@ def simulate(options, frames, size, step=train.ipro_step):
             stack.enter_context(change)
         sizes, before = {}, 0
 
-        def weigh(name):
+        def weigh(name, share=1):
             nonlocal before
+            meter.add((share - 1) * (meter.live - before))
             sizes[name], before = meter.live - before, meter.live
+
+        scattered = set()
+
+        def scatter(p):  # a gradient that has come in: what is kept of it
+            if p not in scattered:
+                scattered.add(p)
+                meter.add((share - 1) * p.grad.nbytes)
 
         dit = transformer(preset.dit, torch.float32 if full else torch.bfloat16)
         dit.checkpointing, dit.offload = options.checkpointing, options.offload
-        weigh("transformer")
+        blocks = [sum(p.nbytes for p in block.parameters()) for block in dit.blocks]
+        weigh("transformer", share)
         parameters = sum(p.numel() for p in dit.parameters())
         vae = WanVAE(preset.vae).requires_grad_(False)
         weigh("VAE")
@@ -187,8 +197,9 @@ def simulate(options, frames, size, step=train.ipro_step):
         weigh("face net")
         if full:
             reference = transformer(preset.dit, torch.float32)
-            weigh("reference")
-            dit.requires_grad_(True)
+            weigh("reference", share)
+            for p in dit.requires_grad_(True).parameters():
+                p.register_post_accumulate_grad_hook(scatter)
         else:
             add_lora(dit, options.lora_rank)
             weigh("LoRA")
@@ -223,13 +234,12 @@ def simulate(options, frames, size, step=train.ipro_step):
         weigh("gradients")
         for optimizer in train.optimizers(options, dit):
             optimizer.step()
-        weigh("optimizer")
-    optimizer, blocks = sizes["optimizer"], [sum(p.nbytes for p in block.parameters()) for block in dit.blocks]
+        meter.peaks["optimizer"] = before + share * (meter.peaks["optimizer"] - before)
+        weigh("optimizer", share)
+    optimizer = sizes["optimizer"]
     peaks = {phase: peak + optimizer * (phase != "optimizer") for phase, peak in meter.peaks.items()}  # from step 2 on
     idle = sizes["transformer"] if preset.boundary and not options.offload else 0  # A14B's other expert
-    if full and options.gpus > 1:  # FSDP2: a part each of all that belongs to weights, and two gathered blocks
-        sharded = sum(sizes[n] for n in ("transformer", "reference", "gradients", "optimizer"))
-        idle += 2 * max(blocks) - sharded * (1 - 1 / options.gpus)
+    idle += 2 * max(blocks) * (share < 1)  # two blocks at a time are gathered
     return types.SimpleNamespace(
         parameters=parameters, sizes=sizes, peaks={phase: peak + idle for phase, peak in peaks.items()},
         flops=meter.flops, host=meter.host, tokens=math.prod(shape) // math.prod(preset.dit.patch_size),

@@ -190,7 +190,10 @@ def check(options):
                 f"{options.sampling_steps} steps"
             )
     out = Path(options.out)
-    if not options.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {out}: nothing can be written to {place}; name another folder")
+    if not options.resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: exists and is not empty; name another folder, or continue it with --resume")
 
 
@@ -425,10 +428,11 @@ def batch_at(clips, options, step, numbers):
 def autocast(device, precision=""):
     """bf16 compute over fp32 master weights ("": where the device has it natively), or fp32.
 
-    Sampler state, KL and reward stay fp32.
+    Sampler state, KL and reward stay fp32. Casts are not kept: of all weights they would be half their size again.
     """
     native = device.type == "cuda" or any(torch.cpu.get_capabilities().get(k) for k in ("avx512_bf16", "amx_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (native and not precision))
+    enabled = precision == "bf16" or (native and not precision)
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
 def scored_frames(noise, frames, count):

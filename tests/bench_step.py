@@ -148,10 +148,11 @@ def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma
     (loss - 0.1 * torch.stack(scores).mean()).backward()
 
 
-def step(variant, size, window, count=False, meter=None):
+def step(variant, size, window, count=False, meter=None, encoder=None):
     """Seconds and MB of a step; variant: plain, ours, or ours with options, as in `ours face_window=2`.
 
     count: also its FLOPs, and this machine's matmul FLOP/s. meter: plan.py's, when the tensors are fake: MB by it.
+    encoder: assets/'s, where it was read before (fake tensors read no files).
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -163,7 +164,8 @@ def step(variant, size, window, count=False, meter=None):
 
     theirs = variant == "plain"
     preset, network, vae, pixels, face = build(size, theirs)
-    encoder, detect, frames = read_encoder(ASSETS / "arcface.safetensors"), detector(face), preset.frames
+    encoder = encoder or read_encoder(ASSETS / "arcface.safetensors")
+    detect, frames = detector(face), preset.frames
     shape = preset.dit.out_dim, *latent_size(preset, frames, (pixels, pixels))
     generator = torch.Generator().manual_seed(1)
     noise, first = (torch.randn(1, *s, generator=generator) for s in (shape, (shape[0], 1, *shape[2:])))
@@ -228,8 +230,10 @@ def planned(variant, size, window):
 
     import model
     import plan
+    import reward
     import train
 
+    encoder = reward.read_encoder(model.ASSETS / "arcface.safetensors")
     with (
         patch.object(train, "to_frames", lambda video: None),
         patch.object(train, "clip_metrics", lambda *_: dict(motion=None, tf=None)),
@@ -237,7 +241,7 @@ def planned(variant, size, window):
         FakeTensorMode(allow_non_fake_inputs=True),
         plan.Meter() as meter,
     ):
-        return step(variant, size, window, meter=meter)
+        return step(variant, size, window, meter=meter, encoder=encoder)
 
 
 def timed(f):
@@ -257,7 +261,7 @@ def decode(variant, size, frames):
         decode(x[:, :, :1, :2, :2])
     x.requires_grad_()
     with Peak() as peak:
-        (decode(x, 2) if variant == "ours" else decode(x)).sum().backward()
+        (decode(x, 2) if variant == "streamed" else decode(x)).sum().backward()
     return dict(seconds=peak.seconds, cpu=peak.cpu, megabytes=peak.megabytes)
 
 
@@ -332,7 +336,7 @@ def main():
         lengths = (17, 33, 65, 121)
         print("\n3. decode + backward, peak MB over frames (middle's VAE, 128x128)")
         print(f"{'':36}" + "".join(f"{n:8}" for n in lengths) + "   MB a frame")
-        for variant, name in (("plain", "plain"), ("whole", "ours, all at once"), ("ours", "ours, decode_frames=2")):
+        for variant, name in (("plain", "plain"), ("whole", "ours"), ("streamed", "ours, decode_frames=2")):
             row = [peak("decode", variant, "middle", n) for n in lengths]
             growth = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
             print(f"{name:36}" + "".join(f"{mb:8.0f}" for mb in row) + f"{growth:13.2f}", flush=True)

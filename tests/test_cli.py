@@ -51,6 +51,7 @@ MISTAKES = [
     ("train.py", ["--data", "empty"], "index.jsonl"),
     ("train.py", ["--out", "full"], "--resume"),
     ("train.py", ["--out", "full", "--resume"], "holds no run"),
+    ("train.py", ["--out", "grey.png/run"], "grey.png; name another folder"),
     ("data.py", ["empty", "--out", "made"], "no video in it"),
     ("data.py", ["empty", "--out", "full"], "not empty"),
     ("eval.py", ["--lora", "none.safetensors"], "python train.py"),

@@ -173,9 +173,11 @@ def test_a_step_that_is_not_finite_changes_nothing(scene, broken, monkeypatch):
     clips, steppers = Clips(ASSETS / "data", "train"), train.optimizers(job.options, job.tuned)
     scored = job.reward.score
 
+    factors = iter([1.0, float("nan")])  # the second sample's is not finite
+
     def score(video, *rest):
         value, info = scored(video, *rest)
-        return value * float("nan"), info
+        return value * next(factors), info
 
     if broken == "reward":
         monkeypatch.setattr(job.reward, "score", score)
@@ -308,6 +310,22 @@ def test_a_killed_run_resumes_to_the_unbroken_run_s_weights(tmp_path, small_set,
 
 
 @pytest.mark.slow
+def test_tensorboard_reads_the_log_of_a_resumed_run(tmp_path, small_set):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for more in (("--steps", 3), ("--steps", 5, "--resume")):
+        text, _ = (run_ := sft(tmp_path, small_set, *more)).communicate()
+        assert run_.returncode == 0, text
+    board = accumulator.EventAccumulator(str(tmp_path / "out/tensorboard"))
+    board.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(5))
+    for name in ("loss", "grad_norm"):
+        events = board.Scalars(name)
+        assert [e.step for e in events] == list(range(5))
+        assert np.allclose([e.value for e in events], [row[name] for row in rows])
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, small_set, unbroken):
     run_ = sft(tmp_path, small_set)
     run_.communicate()
@@ -333,9 +351,16 @@ def test_sigterm_saves_and_the_run_goes_on_with_other_ranks(tmp_path, small_set,
     assert "stopped by a signal after step" in text, text
     newest = sorted((tmp_path / "out/checkpoints").iterdir())[-1]
     assert json.loads((newest / "manifest.json").read_text())["step"] < 400
-    run_ = sft(tmp_path, small_set, "--resume", "--steps", int(newest.name[-6:]) + 1)  # one rank reads what two wrote
+    run_ = sft(tmp_path, small_set, "--resume", "--steps", 4000)  # one rank reads what two wrote
+    for line in run_.stdout:
+        if "going on from step" in line:
+            break
+    while list((tmp_path / "out/checkpoints").glob(newest.name)):  # until further steps' checkpoints took its place
+        time.sleep(0.2)
+        assert run_.poll() is None
+    run_.send_signal(signal.SIGINT)
     text, _ = run_.communicate()
-    assert run_.returncode == 0 and "going on from step" in text, text
+    assert run_.returncode == 0 and "stopped by a signal after step" in text, text
 
 
 @pytest.mark.slow
