@@ -617,7 +617,7 @@ class WanVAE(nn.Module):
     def decode(self, latent, frames=None, margin=None):
         """Pixels [B, 3, F, H, W] of a latent [B, z, F', h, w].
 
-        One latent frame after the other: on a CPU, of 256x256, 0.7 times the time of all in one pass. `frames`: how many
+        One latent frame after the other: on a CPU, at 256x256, 0.7 of the time of all in one pass. `frames`: how many
         of them have a graph at a time (None: all); `margin`: latent cells around the faces that the gradient is kept
         in (None: all). With either, the weights are constants: see the two classes below.
         """
@@ -1413,8 +1413,11 @@ def merge_lora(model, path, strength=1.0):
 
 @contextlib.contextmanager
 def resting(network, rest=True):
-    """While this lasts, a network that is not at work has its frozen weights on the host; rest=False leaves them."""
-    frozen = [p for p in network.parameters() if not p.requires_grad] if rest else []
+    """While this lasts, a network that is not at work has its frozen weights on the host; rest=False leaves them.
+
+    What FSDP2 shards stays where it is.
+    """
+    frozen = [p for p in network.parameters() if rest and not p.requires_grad and not hasattr(p, "full_tensor")]
     places = [p.device for p in frozen]
     for p in frozen:
         p.data = p.data.to("cpu")

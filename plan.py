@@ -238,7 +238,7 @@ def simulate(options, frames, size, step=train.ipro_step):
         weigh("optimizer", share)
     optimizer = sizes["optimizer"]
     peaks = {phase: peak + optimizer * (phase != "optimizer") for phase, peak in meter.peaks.items()}  # from step 2 on
-    idle = sizes["transformer"] if preset.boundary and not options.offload else 0  # A14B's other expert
+    idle = sizes["transformer"] if preset.boundary and (share < 1 or not options.offload) else 0  # A14B's other expert
     idle += 2 * max(blocks) * (share < 1)  # two blocks at a time are gathered
     return types.SimpleNamespace(
         parameters=parameters, sizes=sizes, peaks={phase: peak + idle for phase, peak in peaks.items()},

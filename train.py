@@ -671,7 +671,8 @@ def prepare(options, ranks, device):
     dtype = torch.float32 if full else None  # all weights: fp32 masters, autocast computes in bf16
     wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and many else None)
     tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
-    wan.dit.offload = tuned.offload = options.offload
+    wan.dit.offload = options.offload and not (full and many)  # experts that are sharded stay
+    tuned.offload = options.offload
     tuned.checkpointing = options.checkpointing
     part = "low" if isinstance(wan.dit, Experts) else "dit"
     if full:

@@ -148,6 +148,14 @@ def test_the_plan_runs_the_step_without_data_and_streaming_lowers_its_peak():
     rests = simulate(dataclasses.replace(options, offload=True), 65, (128, 128))  # the network that is not at work
     for phase, network in (("rollout", "VAE"), ("decode", "transformer"), ("window", "VAE")):
         assert 0.7 < (whole.peaks[phase] - rests.peaks[phase]) / whole.sizes[network] <= 1, phase
+    everything = dataclasses.replace(options, lora_rank=0)
+    alone, shared = (simulate(dataclasses.replace(everything, gpus=n), 17, (128, 128)) for n in (1, 4))
+    parts = ("transformer", "reference", "gradients", "optimizer")
+    for name in parts:
+        assert shared.sizes[name] == pytest.approx(alone.sizes[name] / 4, rel=0.01), name
+    saved = 0.75 * sum(alone.sizes[name] for name in parts)
+    assert 0.8 * saved < alone.peaks["optimizer"] - shared.peaks["optimizer"] < saved  # two gathered blocks come on top
+    assert all(0 < shared.peaks[phase] < alone.peaks[phase] for phase in alone.peaks)
 
 
 def test_the_step_data_are_a_function_of_seed_and_step():
