@@ -56,7 +56,7 @@ def references(wan, reward, clips, rows, judge=None):
         video = to_tensor(frames).to(clips.device)
         image = video[:, :, :1]
         true.append(measure(frames, video, image))
-        video = wan.vae.decode(wan.vae.encode(video), frames=1).float()
+        video = wan.vae.decode(wan.vae.encode(video)).float()
         coded.append(measure(to_frames(video), video, image))
     return true, coded
 

@@ -1411,13 +1411,18 @@ def merge_lora(model, path, strength=1.0):
 # A preset's networks, found in a folder and loaded
 
 
+def sharded(network):
+    """Does FSDP2 hold a part of it on every rank? Then it stays on the devices."""
+    return any(hasattr(p, "full_tensor") for p in network.parameters())
+
+
 @contextlib.contextmanager
 def resting(network, rest=True):
-    """While this lasts, a network that is not at work has its frozen weights on the host; rest=False leaves them.
+    """While this lasts, a network that is not at work has its frozen weights on the host, unless it is sharded.
 
-    What FSDP2 shards stays where it is.
+    rest=False leaves them.
     """
-    frozen = [p for p in network.parameters() if rest and not p.requires_grad and not hasattr(p, "full_tensor")]
+    frozen = [p for p in network.parameters() if not p.requires_grad] if rest and not sharded(network) else []
     places = [p.device for p in frozen]
     for p in frozen:
         p.data = p.data.to("cpu")
@@ -1432,7 +1437,7 @@ class Experts(nn.Module):
     """I2V-A14B's two transformers as one: timesteps from 1000·boundary up go to `high`, the others to `low`.
 
     `load(name)` gives an expert when it is first needed; unless `keep`, the other one is let go first. With `offload`
-    the one that is not at work waits on the host.
+    the one that is not at work waits on the host, unless they are sharded.
     """
 
     def __init__(self, cfg, boundary, load, keep=True):
@@ -1448,7 +1453,7 @@ class Experts(nn.Module):
 
     def forward(self, x, t, context, y=None):
         expert = self.expert("high" if float(t.max()) >= 1000 * self.boundary else "low")
-        if self.offload:
+        if self.offload and not sharded(self):
             for other in self.children():
                 if other is not expert:
                     other.to("cpu")

@@ -126,7 +126,7 @@ def straight_step(job, batch, noise):
     """The same loss without this repository's means: one graph from the first window step to the score."""
     options, sigma, wan = job.options, job.sigma, job.wan
     first, context, y = batch.get("first"), batch["context"], batch.get("y")
-    with train.autocast(noise.device):
+    with train.autocast(noise.device, options.precision):
         x = rollout(wan.dit, noise, first, context, sigma, options.window, y)[0]
         loss = 0
         for i in range(options.sampling_steps - options.window, options.sampling_steps):
@@ -142,10 +142,11 @@ def straight_step(job, batch, noise):
 
 def simulate(options, frames, size, step=train.ipro_step):
     """A step of one clip: bytes on one GPU by category, and FLOPs and peak bytes by phase."""
+    options = dataclasses.replace(options, precision="bf16")
     preset = CONFIGS[options.model]
     shape = latent_size(preset, frames, size)
     full = options.lora_rank == 0
-    share = 1 / options.gpus if full else 1  # FSDP2: a GPU's of weights, gradients and optimizer
+    share = 1 / options.gpus if full else 1  # what FSDP2 leaves on a GPU of weights, gradients and optimizer state
     meter = Meter()
 
     def enter(name):
@@ -164,7 +165,6 @@ def simulate(options, frames, size, step=train.ipro_step):
             patch.object(torch.autograd.graph, "save_on_cpu", functools.partial(on_host, meter)),
             patch.object(model, "latent_window", window_of_face),
             patch.object(train, "resting", functools.partial(resting, meter)),
-            patch.object(train, "autocast", lambda *_: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)),
             patch.object(train, "rollout", during("rollout", rollout)),
             patch.object(train, "window_backward", during("window", window_backward)),
             patch.object(train, "to_frames", lambda video: None),
@@ -179,12 +179,10 @@ def simulate(options, frames, size, step=train.ipro_step):
             meter.add((share - 1) * (meter.live - before))
             sizes[name], before = meter.live - before, meter.live
 
-        scattered = set()
-
-        def scatter(p):  # a gradient that has come in: what is kept of it
-            if p not in scattered:
-                scattered.add(p)
-                meter.add((share - 1) * p.grad.nbytes)
+        def scatter(p):
+            """A parameter's gradient is there, for good: further ones are added to it."""
+            meter.add((share - 1) * p.grad.nbytes)
+            hooks.pop(p).remove()
 
         dit = transformer(preset.dit, torch.float32 if full else torch.bfloat16)
         dit.checkpointing, dit.offload = options.checkpointing, options.offload
@@ -198,8 +196,7 @@ def simulate(options, frames, size, step=train.ipro_step):
         if full:
             reference = transformer(preset.dit, torch.float32)
             weigh("reference", share)
-            for p in dit.requires_grad_(True).parameters():
-                p.register_post_accumulate_grad_hook(scatter)
+            hooks = {p: p.register_post_accumulate_grad_hook(scatter) for p in dit.requires_grad_(True).parameters()}
         else:
             add_lora(dit, options.lora_rank)
             weigh("LoRA")
@@ -234,12 +231,13 @@ def simulate(options, frames, size, step=train.ipro_step):
         weigh("gradients")
         for optimizer in train.optimizers(options, dit):
             optimizer.step()
-        meter.peaks["optimizer"] = before + share * (meter.peaks["optimizer"] - before)
+        meter.peaks["optimizer"] = before + share * (meter.peaks["optimizer"] - before)  # its passing tensors' too
         weigh("optimizer", share)
     optimizer = sizes["optimizer"]
     peaks = {phase: peak + optimizer * (phase != "optimizer") for phase, peak in meter.peaks.items()}  # from step 2 on
     idle = sizes["transformer"] if preset.boundary and (share < 1 or not options.offload) else 0  # A14B's other expert
-    idle += 2 * max(blocks) * (share < 1)  # two blocks at a time are gathered
+    if share < 1:
+        idle += 2 * max(blocks)  # two at a time are gathered
     return types.SimpleNamespace(
         parameters=parameters, sizes=sizes, peaks={phase: peak + idle for phase, peak in peaks.items()},
         flops=meter.flops, host=meter.host, tokens=math.prod(shape) // math.prod(preset.dit.patch_size),

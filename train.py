@@ -563,7 +563,7 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision=""):
         noise = noise_like((1, *clips.latent_shape(wan.preset, row)), seed, row).to(batch["context"].device)
         with autocast(noise.device, precision):
             (latent,) = rollout(wan.dit, noise, batch.get("first"), batch["context"], schedule, y=batch.get("y"))
-            video = wan.vae.decode(latent, frames=1).float()
+            video = wan.vae.decode(latent).float()
         image = to_tensor(clips.video(row)[:1]).to(noise.device)
         metrics = clip_metrics(to_frames(video), reward.look(video), reward.look(image))
         if judge is not None:
@@ -671,8 +671,7 @@ def prepare(options, ranks, device):
     dtype = torch.float32 if full else None  # all weights: fp32 masters, autocast computes in bf16
     wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and many else None)
     tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
-    wan.dit.offload = options.offload and not (full and many)  # experts that are sharded stay
-    tuned.offload = options.offload
+    wan.dit.offload = tuned.offload = options.offload
     tuned.checkpointing = options.checkpointing
     part = "low" if isinstance(wan.dit, Experts) else "dit"
     if full:

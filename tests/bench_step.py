@@ -148,13 +148,13 @@ def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma
     (loss - 0.1 * torch.stack(scores).mean()).backward()
 
 
-def step(variant, size, window, count=False, meter=None, encoder=None):
+def step(variant, size, window, count=False, meter=None):
     """Seconds and MB of a step; variant: plain, ours, or ours with options, as in `ours face_window=2`.
 
     count: also its FLOPs, and this machine's matmul FLOP/s. meter: plan.py's, when the tensors are fake: MB by it.
-    encoder: assets/'s, where it was read before (fake tensors read no files).
     """
     import torch
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.utils.flop_counter import FlopCounterMode
 
     import train
@@ -164,7 +164,8 @@ def step(variant, size, window, count=False, meter=None, encoder=None):
 
     theirs = variant == "plain"
     preset, network, vae, pixels, face = build(size, theirs)
-    encoder = encoder or read_encoder(ASSETS / "arcface.safetensors")
+    with unset_fake_temporarily():  # fake tensors read no files
+        encoder = read_encoder(ASSETS / "arcface.safetensors")
     detect, frames = detector(face), preset.frames
     shape = preset.dit.out_dim, *latent_size(preset, frames, (pixels, pixels))
     generator = torch.Generator().manual_seed(1)
@@ -230,10 +231,8 @@ def planned(variant, size, window):
 
     import model
     import plan
-    import reward
     import train
 
-    encoder = reward.read_encoder(model.ASSETS / "arcface.safetensors")
     with (
         patch.object(train, "to_frames", lambda video: None),
         patch.object(train, "clip_metrics", lambda *_: dict(motion=None, tf=None)),
@@ -241,7 +240,7 @@ def planned(variant, size, window):
         FakeTensorMode(allow_non_fake_inputs=True),
         plan.Meter() as meter,
     ):
-        return step(variant, size, window, meter=meter, encoder=encoder)
+        return step(variant, size, window, meter=meter)
 
 
 def timed(f):
@@ -336,7 +335,7 @@ def main():
         lengths = (17, 33, 65, 121)
         print("\n3. decode + backward, peak MB over frames (middle's VAE, 128x128)")
         print(f"{'':36}" + "".join(f"{n:8}" for n in lengths) + "   MB a frame")
-        for variant, name in (("plain", "plain"), ("whole", "ours"), ("streamed", "ours, decode_frames=2")):
+        for variant, name in (("plain", "plain"), ("ours", "ours"), ("streamed", "ours, decode_frames=2")):
             row = [peak("decode", variant, "middle", n) for n in lengths]
             growth = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
             print(f"{name:36}" + "".join(f"{mb:8.0f}" for mb in row) + f"{growth:13.2f}", flush=True)
