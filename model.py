@@ -21,6 +21,7 @@ import math
 import pickle
 import re
 import typing
+import weakref
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -788,7 +789,7 @@ def rope_apply(x, table):
 
 
 class WanAttention(nn.Module):
-    """Self-attention (rope given) or attention to the text (context given)."""
+    """Self-attention (rope given), or attention to the text, whose keys and values are given."""
 
     def __init__(self, dim, num_heads, eps):
         super().__init__()
@@ -796,13 +797,16 @@ class WanAttention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = WanRMSNorm(dim, eps), WanRMSNorm(dim, eps)
 
-    def forward(self, x, rope=None, context=None):
-        context = x if context is None else context
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))  # [B, L, heads, head_dim]
-        if rope is not None:
-            q, k = rope_apply(q, rope), rope_apply(k, rope)
-        y = F.scaled_dot_product_attention(*(y.to(v.dtype).transpose(1, 2) for y in (q, k, v)))
+    def keys(self, x, rope=None):
+        """Keys and values of x, both [B, L, heads, head_dim]."""
+        k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (self.norm_k(self.k(x)), self.v(x)))
+        return (k if rope is None else rope_apply(k, rope)).to(v.dtype), v
+
+    def forward(self, x, rope=None, text=None):
+        k, v = text or self.keys(x, rope)
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        q = (q if rope is None else rope_apply(q, rope)).to(v.dtype)
+        y = F.scaled_dot_product_attention(*(y.expand(len(x), -1, -1, -1).transpose(1, 2) for y in (q, k, v)))
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -818,9 +822,13 @@ class WanAttentionBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, e, rope, context):
-        """x [B, L, dim] in fp32; e [B, F', 6, dim] in fp32; context [B, text_len, dim]."""
-        dtype, frames = context.dtype, e.shape[1]
+    def forward(self, x, e, rope, context, text=None):
+        """x [B, L, dim] in fp32; e [B, F', 6, dim] in fp32; context [B, text_len, dim], or the block's `text` of it.
+
+        Returns the next x, and `text`: the context's keys and values.
+        """
+        text = text or self.cross_attn.keys(context)
+        dtype, frames = text[1].dtype, e.shape[1]
         e = (self.modulation + e)[:, :, :, None].unbind(2)  # six of [B, F', 1, dim]
 
         def per_frame(y):
@@ -829,10 +837,10 @@ class WanAttentionBlock(nn.Module):
         y = torch.addcmul(e[0], per_frame(self.norm1(x)), 1 + e[1])
         y = self.self_attn(y.flatten(1, 2).to(dtype), rope=rope)
         x = torch.addcmul(per_frame(x), per_frame(y), e[2]).flatten(1, 2)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context=context)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text=text)
         y = torch.addcmul(e[3], per_frame(self.norm2(x)), 1 + e[4])
         y = self.ffn(y.flatten(1, 2).to(dtype))
-        return torch.addcmul(per_frame(x), per_frame(y), e[5]).flatten(1, 2)
+        return torch.addcmul(per_frame(x), per_frame(y), e[5]).flatten(1, 2), text
 
 
 class Head(nn.Module):
@@ -849,12 +857,24 @@ class Head(nn.Module):
         return self.head(y.flatten(1, 2))
 
 
+class CachedContext:
+    """A context [B or 1, L, text_dim] for many calls without gradient while the weights stay.
+
+    A transformer's blocks compute its keys and values in the first call and find them here in the others: at the tiny
+    size 4 % of the sampler's time. A transformer that is let go takes its own along.
+    """
+
+    def __init__(self, context):
+        self.context, self.texts = context, weakref.WeakKeyDictionary()
+
+
 class WanDiT(nn.Module):
     """Wan 2.2's diffusion transformer: the velocity of a noisy latent. Source: wan/modules/model.py.
 
-    x [B, C, F', h, w]; t [B] or [B, F'], 1000·sigma; context [B, L ≤ text_len, text_dim], zero-padded here to
-    text_len; y [B, C_y, F', h, w], joined to x on channels (A14B). Gives the velocity [B, out_dim, F', h, w] in
-    fp32 (fp64 for an fp64 model). Raises ValueError where a size does not fit the config.
+    x [B, C, F', h, w]; t [B] or [B, F'], 1000·sigma; context [B or 1, L ≤ text_len, text_dim], zero-padded here to
+    text_len, or a CachedContext; y [B, C_y, F', h, w], joined to x on channels (A14B). Gives the velocity
+    [B, out_dim, F', h, w] in fp32 (fp64 for an fp64 model). Raises ValueError where a size does not fit the config,
+    and for a CachedContext where a gradient is wanted.
     """
 
     def __init__(self, cfg):
@@ -896,6 +916,11 @@ class WanDiT(nn.Module):
     def forward(self, x, t, context, y=None):
         cfg, p = self.cfg, self.cfg.patch_size
         x = x if y is None else torch.cat([x, y], 1)
+        texts = [None] * cfg.num_layers
+        if isinstance(context, CachedContext):
+            if torch.is_grad_enabled():
+                raise ValueError("a CachedContext passes no gradient on: give the context itself")
+            context, texts = context.context, context.texts.setdefault(self, texts)
         B, C, *size = x.shape
         if C != cfg.in_dim or any(n % k for n, k in zip(size, p)):
             raise ValueError(f"latent must be [B, {cfg.in_dim}, F', h, w] in multiples of {p}, got {tuple(x.shape)}")
@@ -905,16 +930,16 @@ class WanDiT(nn.Module):
         e, modulation = self.embed_time(t, grid[0])
         dtype = self.patch_embedding.weight.dtype
         x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).type_as(modulation)  # [B, L, dim]
-        context = F.pad(context.to(dtype), (0, 0, 0, cfg.text_len - context.shape[1]))
-        context = self.text_embedding(context)
+        if texts[0] is None:
+            context = self.text_embedding(F.pad(context.to(dtype), (0, 0, 0, cfg.text_len - context.shape[1])))
         rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device).to(x.dtype.to_complex())
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 with torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else contextlib.nullcontext():
                     # of the arguments only x, the block's own, is saved by way of the hook
-                    x = checkpoint(block, x, e=modulation, rope=rope, context=context, use_reentrant=False)
+                    x, _ = checkpoint(block, x, e=modulation, rope=rope, context=context, use_reentrant=False)
             else:
-                x = block(x, modulation, rope, context)
+                x, texts[i] = block(x, modulation, rope, context, texts[i])
         x = self.head(x, e).view(B, *grid, *p, cfg.out_dim)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, cfg.out_dim, *size)
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import CONFIGS, UserError, load_model
+from model import CONFIGS, CachedContext, UserError, load_model
 
 
 def sigmas(steps, shift, start=1.0):
@@ -50,10 +50,10 @@ def velocity(dit, x, sigma, context, y=None):
 
 
 def guided(dit, null, scale):
-    """A DiT under classifier-free guidance (arXiv 2207.12598): v_null + scale (v - v_null); null [1, L, text_dim]."""
+    """A DiT under classifier-free guidance (arXiv 2207.12598): v_null + scale (v - v_null); null as a context."""
 
     def guided_dit(x, t, context, y=None):
-        v_null = dit(x, t, null.expand(len(x), -1, -1), y)
+        v_null = dit(x, t, null, y)
         return v_null + scale * (dit(x, t, context, y) - v_null)
 
     return guided_dit
@@ -63,9 +63,10 @@ def guided(dit, null, scale):
 def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
     """Euler steps from noise to the clip's latent, without gradient.
 
-    noise [B, C, F', h, w]; first [B, C, 1, h, w] or None with y [B, C_y, F', h, w]; context [B, L, text_dim];
-    sigma [N+1]. Returns the window's latents x_{N-K} .. x_N, a list of K + 1 with K = `window`. Raises ValueError
-    if the window exceeds the steps.
+    noise [B, C, F', h, w]; first [B, C, 1, h, w] or None with y [B, C_y, F', h, w]; context as the DiT's, best a
+    CachedContext; sigma [N+1]. Returns the window's latents x_{N-K} .. x_N, a list of K + 1 with K = `window`.
+    Raises ValueError if the window exceeds the steps. (Not in inference mode, 3 % at the tiny size and less at a
+    larger: an expert that is loaded in here, or a weight that FSDP2 gathers, could then not be trained.)
     """
     steps = len(sigma) - 1
     if not 0 <= window <= steps:
@@ -403,14 +404,15 @@ def main():
     cfg = preset.cfg if options.cfg is None else options.cfg
     negative = options.negative if options.negative is not None else "" if tiny else NEGATIVE
     contexts = wan.encode_text([options.prompt, negative] if cfg != 1 else [options.prompt])
+    context, null = CachedContext(contexts[:1]), CachedContext(contexts[1:])
     first, y = condition(wan, fit(picture, size), frames)
     noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
-    dit = wan.dit if cfg == 1 else guided(wan.dit, contexts[1:], cfg)
+    dit = wan.dit if cfg == 1 else guided(wan.dit, null, cfg)
     bar = functools.partial(tqdm, desc="sampling")
     if (options.solver or ("euler" if tiny else "unipc")) == "unipc":
-        latent = unipc(dit, noise, first, contexts[:1], steps, shift, y, bar)
+        latent = unipc(dit, noise, first, context, steps, shift, y, bar)
     else:
-        latent = rollout(dit, noise, first, contexts[:1], sigmas(steps, shift), y=y, progress=bar)[0]
+        latent = rollout(dit, noise, first, context, sigmas(steps, shift), y=y, progress=bar)[0]
     del dit  # its memory is free before the decoder is read
     write_video(options.out, decode(wan.vae, latent), preset.fps)
     print(f"{options.out}: {frames} frames of {size[1]}x{size[0]} at {preset.fps} fps")

@@ -38,6 +38,7 @@ from data import Clips
 from model import (
     ASSETS,
     CONFIGS,
+    CachedContext,
     Experts,
     UserError,
     add_lora,
@@ -457,7 +458,7 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
     computing = functools.partial(autocast, noise.device, options.precision)
     rest = functools.partial(resting, rest=options.offload)
     with computing(), rest(job.wan.vae):
-        latents = rollout(job.wan.dit, noise, batch.get("first"), context, sigma, options.window, y)
+        latents = rollout(job.wan.dit, noise, batch.get("first"), CachedContext(context), sigma, options.window, y)
     rows, grads = [], []
     decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     with rest(job.wan.dit):
@@ -478,9 +479,11 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             watched = clip_metrics(to_frames(video.detach()), info)
             rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
 
+    reference_context = CachedContext(context)
+
     def penalty(v, x, i):
         with torch.no_grad(), computing():
-            v_ref = velocity(job.reference, x, sigma[i], context, y)
+            v_ref = velocity(job.reference, x, sigma[i], reference_context, y)
         step = dict(weighting=options.kl_weighting, dt=float(sigma[i] - sigma[i + 1]))
         if y is not None:
             step["free"] = slice(None)
@@ -562,7 +565,8 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision=""):
         batch = clips.batch([row])
         noise = noise_like((1, *clips.latent_shape(wan.preset, row)), seed, row).to(batch["context"].device)
         with autocast(noise.device, precision):
-            (latent,) = rollout(wan.dit, noise, batch.get("first"), batch["context"], schedule, y=batch.get("y"))
+            context = CachedContext(batch["context"])
+            (latent,) = rollout(wan.dit, noise, batch.get("first"), context, schedule, y=batch.get("y"))
             video = wan.vae.decode(latent).float()
         image = to_tensor(clips.video(row)[:1]).to(noise.device)
         metrics = clip_metrics(to_frames(video), reward.look(video), reward.look(image))

@@ -1,11 +1,14 @@
 """The sampler's schedule, pinning and window gradient; pictures and clips on disk."""
 
+import dataclasses
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from model import CONFIGS, DiTConfig, Experts, UserError, WanDiT
+from model import CONFIGS, CachedContext, DiTConfig, Experts, UserError, WanDiT
 from sample import (
     best_size,
     fit,
@@ -78,6 +81,40 @@ def test_guidance_mixes_two_velocities_and_off_is_the_model(scene):
     a, b = dit(noise, t, context), dit(noise, t, null.expand(2, -1, -1))
     assert torch.allclose(guided(dit, null, 3.5)(noise, t, context), b + 3.5 * (a - b))
     assert torch.allclose(guided(dit, null, 1.0)(noise, t, context), a)
+
+
+def test_a_cached_context_is_computed_once_for_all_steps_and_changes_nothing(scene):
+    dit, noise, first, context = scene
+    null = torch.randn(1, 6, 8).double()
+    calls = []
+    for layer in (dit.text_embedding, dit.blocks[0].cross_attn.k, dit.blocks[1].cross_attn.v):
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    plain = rollout(guided(dit, null, 2.0), noise, first, context, sigmas(5, 5.0))[0]
+    assert len(calls) == 3 * 2 * 5
+    calls.clear()
+    cached, cached_null = CachedContext(context), CachedContext(null)
+    ours = rollout(guided(dit, cached_null, 2.0), noise, first, cached, sigmas(5, 5.0))[0]
+    assert len(calls) == 3 * 2
+    assert torch.equal(ours, plain)
+    with pytest.raises(ValueError, match="no gradient"):
+        dit(noise, torch.full((2,), 500.0), cached)
+
+
+def test_a_cached_context_keeps_the_experts_apart_and_none_alive():
+    cfg = dataclasses.replace(CFG, in_dim=10)
+    alive = weakref.WeakSet()
+
+    def load(name):
+        torch.manual_seed(len(name))
+        dit = WanDiT(cfg).requires_grad_(False)
+        torch.nn.init.normal_(dit.head.head.weight, std=0.1)
+        alive.add(dit)
+        return dit
+
+    noise, y, context = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 6, 3, 4, 4), CachedContext(torch.randn(1, 6, 8))
+    ours = rollout(Experts(cfg, 0.9, load, keep=False), noise, None, context, sigmas(8, 5.0), y=y)[0]
+    assert not alive and not context.texts
+    assert torch.equal(ours, rollout(Experts(cfg, 0.9, load), noise, None, context.context, sigmas(8, 5.0), y=y)[0])
 
 
 def test_two_experts_switch_at_the_boundary_and_take_the_conditioning_on_channels():
