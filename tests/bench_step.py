@@ -6,8 +6,8 @@
 The plain step keeps one graph from the first window step through the decoder to the score: WanTransformer3DModel with
 its gradient checkpointing, AutoencoderKLWan.decode, a loop over frames through the same face encoder. Both sides have
 the same sizes, LoRA, steps (N = 8, K = 4) and faces (a fixed one in every frame: detection is the same work on both),
-random weights, fp32. Every run is a process of its own, so that its peak is its own: resident memory over what it was
-when the weights and a first small pass stood. Medians of --repeats.
+random weights, fp32. Every row is a process of its own, so that its peak is its own: resident memory over what it was
+after a first step, which leaves weights and the libraries' buffers. Medians of --repeats further ones.
 """
 
 import argparse
@@ -148,21 +148,19 @@ def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma
     (loss - 0.1 * torch.stack(scores).mean()).backward()
 
 
-def step(variant, size, window, count=False, meter=None):
-    """Seconds and MB of a step; variant: plain, ours, or ours with options, as in `ours face_window=2`.
-
-    count: also its FLOPs, and this machine's matmul FLOP/s. meter: plan.py's, when the tensors are fake: MB by it.
-    """
+def step(variant, size, window):
+    """A step as a function; variant: plain or ours, and options, as in `ours face_window=2`."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.utils.flop_counter import FlopCounterMode
 
     import train
     from model import ASSETS, add_lora, lora_disabled
     from reward import FaceReward, read_encoder
     from sample import latent_size, sigmas
 
-    theirs = variant == "plain"
+    side, *given = variant.split()
+    switches = {k: int(v) for k, v in (item.split("=") for item in given)}
+    theirs = side == "plain"
     preset, network, vae, pixels, face = build(size, theirs)
     with unset_fake_temporarily():  # fake tensors read no files
         encoder = read_encoder(ASSETS / "arcface.safetensors")
@@ -178,49 +176,85 @@ def step(variant, size, window, count=False, meter=None):
         add_lora(network, 32, targets=targets)
         network.enable_gradient_checkpointing()
 
-        def run(noise, first, context, schedule, window):
+        def once():
             plain_step(network, vae, encoder, detect, noise, first, context, pool, schedule, window, reference)
     else:
         add_lora(network, 32)
-        given = dict(item.split("=") for item in variant.split()[1:])
-        switches = {k: int(v) for k, v in given.items()}
         options = train.TrainOptions(sampling_steps=8, window=window, precision="fp32", **switches)
+        network.checkpointing = options.checkpointing
 
         def untuned(*inputs):
             with reference():
                 return network(*inputs)
 
-        def run(noise, first, context, schedule, window):
-            options.sampling_steps, options.window = len(schedule) - 1, window
-            network.checkpointing = bool(options.checkpointing)
-            wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset)
-            reward = FaceReward(detect, encoder)
-            job = train.Run(wan, network, network, untuned, options, schedule, 1.0, reward)
-            batch = dict(first=first, context=context, row=[0], pool=pool, pool_mask=torch.ones(pool.shape[:2]).bool())
+        wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset)
+        job = train.Run(wan, network, network, untuned, options, schedule, 1.0, FaceReward(detect, encoder))
+        batch = dict(first=first, context=context, row=[0], pool=pool, pool_mask=torch.ones(pool.shape[:2]).bool())
+
+        def once():
             train.ipro_step(job, batch, noise)
 
-    side = slice(0, max(4, shape[3] // 4))  # a small pass first: the libraries' own buffers are no part of the step
-    with torch.no_grad():
-        small = noise[:, :, :1, side, side]
-        plain_velocity(network, small, 0.5, context) if theirs else network(small, torch.full((1, 1), 500.0), context)
-    if meter is not None:
-        meter.peaks.clear()
-        base = meter.live
-        run(noise, first, context, schedule, window)
-        return dict(megabytes=(max(meter.peaks.values()) - base) / 2**20)
-    with Peak() as peak:
-        run(noise, first, context, schedule, window)
-    found = dict(seconds=peak.seconds, cpu=peak.cpu, megabytes=peak.megabytes)
-    if count:
-        with FlopCounterMode(display=False) as counter:
-            run(noise, first, context, schedule, window)
-        found |= dict(flops=counter.get_total_flops())
-        n = 2048
-        a = torch.randn(n, n)
-        a @ a
-        best = min(timed(lambda: a @ a) for _ in range(5))
-        found |= dict(matmul=2 * n**3 / best)
-    return found
+    if switches.get("compile"):
+        for block in network.blocks:
+            block.compile()
+    return once
+
+
+def decode(variant, size, frames):
+    """VAE decode and its backward pass to the latent, of a clip of `frames`, as a function."""
+    import torch
+
+    preset, _, vae, _, _ = build(size, variant == "plain")
+    x = torch.randn(1, preset.vae.z_dim, (frames - 1) // 4 + 1, 8, 8, requires_grad=True)
+    decode = (lambda x: vae.decode(x).sample) if variant == "plain" else vae.decode
+    return lambda: (decode(x, 2) if variant == "streamed" else decode(x)).sum().backward()
+
+
+def part(variant, size, which):
+    """The transformer's forward and backward pass, or the decoder alone without gradient, as a function."""
+    import torch
+
+    theirs = variant == "plain"
+    preset, network, vae, pixels, _ = build(size, theirs)
+    side = pixels // preset.vae.stride[1]
+    x = torch.randn(1, preset.dit.in_dim, 5, side, side)
+    context = torch.randn(1, preset.dit.text_len, preset.dit.text_dim)
+    t = torch.full((1, 5), 500.0)
+
+    def once():
+        if which == "transformer":
+            y = x.clone().requires_grad_()
+            v = plain_velocity(network, y, 0.5, context) if theirs else network(y, t, context)
+            v.sum().backward()
+        else:
+            with torch.no_grad():
+                vae.decode(x)
+
+    return once
+
+
+def measure(repeats, kind, *arguments):
+    """Medians of seconds, all cores' CPU seconds and peak MB of what `kind` makes, after a first run."""
+    once, runs = dict(step=step, decode=decode, part=part)[kind](*arguments), []
+    once()
+    for _ in range(repeats):
+        with Peak() as peak:
+            once()
+        runs.append(peak)
+    return {k: statistics.median(getattr(run, k) for run in runs) for k in ("seconds", "cpu", "megabytes")}
+
+
+def share(variant, size, window):
+    """A step's FLOPs, and the FLOPs a CPU second of this machine's matmul."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    once, n = step(variant, size, window), 2048
+    with FlopCounterMode(display=False) as counter:
+        once()
+    a = torch.randn(n, n)
+    a @ a
+    return dict(flops=counter.get_total_flops(), matmul=2 * n**3 / min(timed(lambda: a @ a) for _ in range(5)))
 
 
 def planned(variant, size, window):
@@ -240,7 +274,12 @@ def planned(variant, size, window):
         FakeTensorMode(allow_non_fake_inputs=True),
         plan.Meter() as meter,
     ):
-        return step(variant, size, window, meter=meter)
+        once = step(variant, size, window)
+        once()
+        meter.peaks.clear()
+        base = meter.live
+        once()
+        return dict(megabytes=(max(meter.peaks.values()) - base) / 2**20)
 
 
 def timed(f):
@@ -249,56 +288,16 @@ def timed(f):
     return time.process_time() - begin
 
 
-def decode(variant, size, frames):
-    """VAE decode and its backward pass to the latent, of a clip of `frames`."""
-    import torch
-
-    preset, _, vae, _, _ = build(size, variant == "plain")
-    x = torch.randn(1, preset.vae.z_dim, (frames - 1) // 4 + 1, 8, 8)
-    decode = (lambda x: vae.decode(x).sample) if variant == "plain" else vae.decode
-    with torch.no_grad():
-        decode(x[:, :, :1, :2, :2])
-    x.requires_grad_()
-    with Peak() as peak:
-        (decode(x, 2) if variant == "streamed" else decode(x)).sum().backward()
-    return dict(seconds=peak.seconds, cpu=peak.cpu, megabytes=peak.megabytes)
-
-
-def part(variant, size, which):
-    """Seconds of the transformer's forward and backward pass, or of the decoder alone without gradient."""
-    import torch
-
-    theirs = variant == "plain"
-    preset, network, vae, pixels, _ = build(size, theirs)
-    side = pixels // preset.vae.stride[1]
-    x = torch.randn(1, preset.dit.in_dim, 5, side, side)
-    context = torch.randn(1, preset.dit.text_len, preset.dit.text_dim)
-    t = torch.full((1, 5), 500.0)
-
-    def once():
-        if which == "transformer":
-            y = x.clone().requires_grad_()
-            v = plain_velocity(network, y, 0.5, context) if theirs else network(y, t, context)
-            v.sum().backward()
-        else:
-            with torch.no_grad():
-                vae.decode(x)
-
-    once()
-    return dict(seconds=min(timed(once) for _ in range(3)))
-
-
 # glibc gives what is freed back at once, so that resident memory is what is in use: without, a step's peak varies by a
 # third from run to run. It costs page faults, so that seconds are of runs without.
 GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
 
 
-def measured(kind, *arguments, repeats, memory=False):
-    """The median of several processes' figures; memory: of their peaks rather than of their seconds."""
-    command = [sys.executable, __file__, "--run", kind, *map(str, arguments)]
-    told = dict(capture_output=True, text=True, check=True, env=os.environ | (GIVE_BACK if memory else {}))
-    runs = [json.loads(subprocess.run(command, **told).stdout.splitlines()[-1]) for _ in range(repeats)]
-    return types.SimpleNamespace(**{k: statistics.median(r[k] for r in runs) for k in runs[0]})
+def measured(kind, *arguments, repeats=1, memory=False):
+    """What a process of its own finds; memory: its peaks rather than its seconds."""
+    command = [sys.executable, __file__, "--repeats", str(repeats), "--run", kind, *map(str, arguments)]
+    told = dict(stdout=subprocess.PIPE, text=True, check=True, env=os.environ | (GIVE_BACK if memory else {}))
+    return types.SimpleNamespace(**json.loads(subprocess.run(command, **told).stdout.splitlines()[-1]))
 
 
 def main():
@@ -312,7 +311,8 @@ def main():
     if options.run:
         kind, *arguments = options.run
         arguments = [int(a) if a.isdigit() else a for a in arguments]
-        print(json.dumps(dict(step=step, planned=planned, decode=decode, part=part)[kind](*arguments)))
+        run = dict(planned=planned, share=share).get(kind) or functools.partial(measure, options.repeats, kind)
+        print(json.dumps(run(*arguments)))
         return
     run = functools.partial(measured, repeats=options.repeats)
     peak = lambda *arguments: run(*arguments, memory=True).megabytes
@@ -328,7 +328,7 @@ def main():
                 print(row, flush=True)
     if "window" in options.only:
         print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
-        for variant in ("plain", VARIANTS[1]):
+        for variant in ("plain", "ours"):
             row = [peak("step", variant, "tiny", k) for k in (1, 2, 4, 8)]
             print(f"{variant:36}" + "".join(f"{mb:8.0f}" for mb in row), flush=True)
     if "frames" in options.only:
@@ -340,13 +340,13 @@ def main():
             growth = (row[-1] - row[0]) / (lengths[-1] - lengths[0])
             print(f"{name:36}" + "".join(f"{mb:8.0f}" for mb in row) + f"{growth:13.2f}", flush=True)
     if "parts" in options.only:
-        print(f"\n4. {'seconds':34}{'plain':>8}{'ours':>8}{'ratio':>8}")
+        print(f"\n4. {'CPU seconds':34}{'plain':>8}{'ours':>8}{'ratio':>8}")
         for which in ("transformer", "decoder"):
-            plain, ours = (run("part", v, "middle", which).seconds for v in ("plain", "ours"))
+            plain, ours = (run("part", v, "middle", which).cpu for v in ("plain", "ours"))
             print(f"   {which:34}{plain:8.3f}{ours:8.3f}{ours / plain:7.2f}x", flush=True)
     if "share" in options.only:
-        found = run("step", VARIANTS[1], "middle", 4, 1)
-        rate = found.flops / found.cpu
+        found, cpu = measured("share", "ours", "middle", 4), run("step", "ours", "middle", 4).cpu
+        rate = found.flops / cpu
         print(f"\n5. step at the middle size: {found.flops / 1e12:.2f} TFLOP, {rate / 1e9:.0f} GFLOP a CPU second, "
               f"{rate / found.matmul:.0%} of this machine's matmul ({found.matmul / 1e9:.0f} GFLOP/s)")  # fmt: skip
     if "plan" in options.only:
@@ -354,12 +354,19 @@ def main():
         for size in options.sizes:
             for variant in VARIANTS[1:3]:
                 found = peak("step", variant, size, 4)
-                plan = measured("planned", variant, size, 4, repeats=1).megabytes
+                plan = measured("planned", variant, size, 4).megabytes
                 print(f"   {size + ', ' + variant:42}{found:9.0f}{plan:9.0f}{plan / found:7.2f}", flush=True)
 
 
-VARIANTS = ("plain", "ours", "ours checkpointing=1 decode_frames=2", "ours checkpointing=1 face_window=2",
-            "ours face_window=2 score_frames=5")  # fmt: skip
+VARIANTS = (
+    "plain",
+    "ours",
+    "ours checkpointing=1 decode_frames=2",
+    "ours face_window=2",
+    "ours face_window=2 score_frames=5",
+    "plain compile=1",
+    "ours compile=1 face_window=2",
+)
 
 if __name__ == "__main__":
     main()
