@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from model import ASSETS, CONFIGS, UserError, load_model, write_safetensors
+from model import ASSETS, CONFIGS, UserError, find_preset, load_model, write_safetensors
 from reward import FaceReward
 from sample import condition, fit, latent_size, option, parse_options, read_video, run, to_frames, to_tensor
 
@@ -38,10 +38,10 @@ class Clips:
     [B, L, text_dim] (zero-padded), caption (a list), row (the clips' numbers: one that cannot be read is told of, and
     the next stands in for it), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or
     latent [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8
-    [F, H, W, 3]. UserError where the folder is no such set.
+    [F, H, W, 3]. UserError where the folder is no such set, or one for another model than the given one.
     """
 
-    def __init__(self, folder, split, device="cpu"):
+    def __init__(self, folder, split, device="cpu", model=None):
         self.folder, self.device = Path(folder), device
         index = self.folder / "index.jsonl"
         if not index.is_file():
@@ -52,6 +52,11 @@ class Clips:
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
             raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
+        made_for = self.rows[0].get("model", model)
+        if model is not None and made_for != model:
+            raise UserError(
+                f"--data {folder}: made for {made_for}; make one with: python data.py CLIPS --out DIR --model {model}"
+            )
 
     def __len__(self):
         return len(self.rows)
@@ -96,8 +101,8 @@ class Clips:
 
     def video(self, row):
         row = self.rows[row]
-        frames, _ = read_video(self.folder / row["video"])
-        return np.stack([fit(Image.fromarray(f), row["size"]) for f in frames[: row["frames"]]])
+        frames, _ = read_video(self.folder / row["video"], row["frames"])
+        return np.stack([fit(Image.fromarray(f), row["size"]) for f in frames])
 
 
 @dataclass
@@ -115,7 +120,8 @@ class DataOptions:
         1, "most people of a clip (one more in under a tenth of the frames is let pass); each has a pool"
     )
     tiled: bool = option(False, "look again, enlarged and in tiles, where faces are small against the frame")
-    split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/")
+    split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/ (which keep the "
+                               "clips of one person together; a share does not)")  # fmt: skip
     latents: bool = option(False, "cache whole clips' latents, for --objective sft, instead of looking for faces")
 
 
@@ -125,17 +131,19 @@ class Refused(Exception):
 
 def read_clip(path, frames, size):
     """A clip's caption, its first `frames` frames as a video [1, 3, F, H, W], and its frames per second."""
-    caption = path.with_suffix(".txt")
-    if not caption.is_file() or not caption.read_text().strip():
-        raise Refused(f"no caption: {caption.name} is missing or empty")
+    file = path.with_suffix(".txt")
     try:
-        video, fps = read_video(path)
+        caption = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+        video, fps = read_video(path, frames)
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file.name} is not UTF-8 text ({error})") from None
     except UserError as error:
         raise Refused(str(error)) from None
+    if not caption:
+        raise Refused(f"no caption: {file.name} is missing or empty")
     if len(video) < frames:
         raise Refused(f"{len(video)} frames, {frames} are needed")
-    video = np.stack([fit(Image.fromarray(frame), size) for frame in video[:frames]])
-    return caption.read_text().strip(), to_tensor(video), fps
+    return caption, to_tensor(np.stack([fit(Image.fromarray(frame), size) for frame in video])), fps
 
 
 def pool_of(reward, video, options):
@@ -149,7 +157,7 @@ def pool_of(reward, video, options):
     boxes = info["boxes"][0][seen]
     side = float((boxes[:, 2:] - boxes[:, :2]).max()) if len(boxes) else 0.0
     if side > options.max_face:
-        raise Refused(f"a face of {side:.0f} px, at most {options.max_face:.0f} are allowed")
+        raise Refused(f"a face of {side:.1f} px, at most {options.max_face:g} are allowed")
     if crowd > 0.1:
         raise Refused(f"more than {options.people} face(s) in {crowd:.0%} of the frames")
     pool, mask = info["embeddings"][0], seen
@@ -168,7 +176,7 @@ def prepare(wan, reward, path, options, frames, size):
     except UserError as error:
         raise Refused(str(error)) from None
     tensors = dict(context=context[: int((context != 0).any(1).sum())])
-    row = dict(caption=caption, frames=frames, size=list(size), fps=fps)
+    row = dict(caption=caption, model=options.model, frames=frames, size=list(size), fps=fps)
     if options.latents:
         with torch.autocast(video.device.type, torch.bfloat16):  # off by 1.5 % of their size, in half the time
             tensors["latent"] = wan.vae.encode(video)[0].float()
@@ -191,17 +199,18 @@ def main():
     files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"))
     if not files:
         raise UserError(f"{source}: no video in it (.mp4, .mov, .mkv, .webm, .avi)")
-    if options.model not in CONFIGS:
-        raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
-    preset = CONFIGS[options.model]
-    frames, size = options.frames or preset.frames, options.size or preset.size
+    preset = find_preset(options.model, options.ckpt)
+    frames, size = preset.frames if options.frames is None else options.frames, options.size or preset.size
     latent_size(preset, frames, size)
+    stray = [p for p in files if p.relative_to(source).parts[0] not in SPLITS]
+    named = len(stray) < len(files)
+    if named and stray:
+        raise UserError(f"{source}: has {' or '.join(SPLITS)} sub-folders, but {stray[0]} is in neither; move it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wan = load_model(options.model, options.ckpt, device)
     reward = None if options.latents else FaceReward.from_folder(options.faces, device, tiled=options.tiled)
     if reward is not None:
         print(f"face detector on {reward.detector.provider}")
-    named = all(p.relative_to(source).parts[0] in SPLITS for p in files)
     held = set(np.random.default_rng(0).permutation(len(files))[: round(options.split * len(files))])
     (out / "cache").mkdir(parents=True)
     kept = 0
@@ -217,6 +226,8 @@ def main():
                 continue
             split = name.parts[0] if named else SPLITS[i in held]
             cache = Path("cache") / ("_".join(name.parts) + ".safetensors")
+            if (out / cache).exists():  # of a/b_c.mp4 and a_b/c.mp4, of x.mp4 and x.mov
+                cache = cache.with_stem(f"{cache.stem}_{i}")
             write_safetensors(tensors, out / cache)
             where = dict(clip=str(name), split=split, video=os.path.relpath(path, out), cache=str(cache))
             print(json.dumps(where | row), file=index, flush=True)

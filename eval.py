@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data import Clips
-from model import ASSETS, CONFIGS, Experts, UserError, load_model, merge_lora
+from model import ASSETS, CONFIGS, Checkpoint, Experts, UserError, load_model, load_weights, merge_lora
 from reward import FaceReward, clip_metrics
 from sample import option, parse_options, run, to_frames, to_tensor, write_video
 from train import held_out, side_by_side, summary, table
@@ -30,7 +30,7 @@ from train import held_out, side_by_side, summary, table
 class EvalOptions:
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    lora: str = option("out/lora.safetensors", "the tuned model's LoRA")
+    lora: str = option("out/lora.safetensors", "the tuned model's LoRA, or all its weights (dit.safetensors)")
     data: str = option(str(ASSETS / "data"), "folder that data.py made")
     out: str = option("eval", "folder for eval.json and eval.mp4")
     faces: str = option(str(ASSETS), "folder with a face detector and encoder")
@@ -75,14 +75,17 @@ def main():
     reward = FaceReward.from_folder(options.faces, device)
     judge = FaceReward.from_folder(options.judge, device) if options.judge else None
     print(f"face detector on {reward.detector.provider}")
-    clips = Clips(options.data, "heldout", device)
+    clips = Clips(options.data, "heldout", device, options.model)
     rows = clips.spread(options.clips)
     true, coded = references(wan, reward, clips, rows, judge)
     results, videos = {"true clip": true, "VAE": coded, "base": [], "LoRA": []}, {}
     for name in ("base", "LoRA"):
         if name == "LoRA":
             tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
-            print(f"{options.lora}: merged into {merge_lora(tuned, options.lora).merged} layers")
+            if any(name.endswith("patch_embedding.weight") for name in Checkpoint(options.lora).shapes):
+                load_weights(tuned, options.lora)
+            else:
+                print(f"{options.lora}: merged into {merge_lora(tuned, options.lora).merged} layers")
         for seed in range(options.seeds):
             measured, sampled = held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
             results[name] += measured

@@ -1672,15 +1672,21 @@ def check_experts(high, low):
         raise UserError(f"{high} and {low} hold the same weights: one expert was downloaded or copied twice")
 
 
+def find_preset(name, ckpt=None):
+    """The preset of that name. UserError where there is none, or where its weights neither ship nor are given."""
+    if name not in CONFIGS:
+        raise UserError(f"--model {name}: unknown preset; choose from {', '.join(CONFIGS)}")
+    if not ckpt and CONFIGS[name].folder is None:
+        raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
+    return CONFIGS[name]
+
+
 def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None):
     """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2.
 
     Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any of them is read.
     """
-    if name not in CONFIGS:
-        raise UserError(f"--model {name}: unknown preset; choose from {', '.join(CONFIGS)}")
-    if not ckpt and CONFIGS[name].folder is None:
-        raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
+    preset = find_preset(name, ckpt)
     if dtype is None:
-        dtype = torch.float32 if CONFIGS[name].folder else torch.bfloat16
+        dtype = torch.float32 if preset.folder else torch.bfloat16
     return Wan(name, ckpt, device, dtype, keep, loras, shard)

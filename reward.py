@@ -84,7 +84,8 @@ class FaceDetector:
             if torch.cuda.is_available():
                 if "CUDAExecutionProvider" not in available:
                     raise UserError(f"{path}: a GPU, but onnxruntime has {available}: want onnxruntime-gpu")
-                providers = ["CUDAExecutionProvider", *providers]
+                place = dict(device_id=torch.cuda.current_device())  # this rank's
+                providers = [("CUDAExecutionProvider", place), *providers]
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.log_severity_level = 3
@@ -731,7 +732,7 @@ class FaceReward:
         ):
             found = [path for name in names for path in sorted(folder.glob(name))]
             if not found:
-                raise UserError(f"--faces {folder}: no {what} in it ({', '.join(names)})")
+                raise UserError(f"{folder}: no {what} in it ({', '.join(names)})")
             paths.append(found[0])
         return cls(FaceDetector(paths[0], tiled=tiled), read_encoder(paths[1]).to(device), **options)
 

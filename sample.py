@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import sys
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import CONFIGS, CachedContext, UserError, load_model
+from model import CONFIGS, CachedContext, UserError, find_preset, load_model
 
 
 def sigmas(steps, shift, start=1.0):
@@ -148,7 +149,8 @@ def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None, ho
 
 def noise_like(shape, *seed):
     """Standard normal noise [shape] that depends on the integers `seed` only, not on device or batch."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    entropy = np.random.SeedSequence((len(seed), *seed))  # their number first, since numpy takes (1, 0) for (1)
+    generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
     return torch.randn(shape, generator=generator)
 
 
@@ -239,16 +241,20 @@ def read_picture(path):
         raise UserError(f"--image {path}: not a readable picture ({error})") from None
 
 
-def read_video(path):
-    """A clip's frames as uint8 [F, H, W, 3], and its frames per second. UserError if it cannot be decoded."""
+def read_video(path, most=None):
+    """A clip's frames as uint8 [F, H, W, 3], the first `most` of them, and its frames per second.
+
+    UserError if it cannot be decoded.
+    """
     try:
         with av.open(str(path)) as container:
             fps = float(container.streams.video[0].average_rate or 0)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            decoded = itertools.islice(container.decode(video=0), most)
+            frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
     except (av.FFmpegError, OSError, IndexError) as error:
         raise UserError(f"{path}: not a readable video ({error})") from None
-    if not frames:
-        raise UserError(f"{path}: a video without frames")
+    if len({frame.shape for frame in frames}) != 1:
+        raise UserError(f"{path}: a video without frames, or of frames of several sizes")
     return np.stack(frames), fps
 
 
@@ -322,13 +328,17 @@ def parse_options(cls, argv=None, doc=None, positional=()):
 
 
 def run(main):
-    """Run a program; a user's mistake is one line on the terminal and exit status 2."""
+    """Run a program; a user's mistake is one line on the terminal and exit status 2, Ctrl-C one line and 130."""
+    program = Path(sys.argv[0]).name
     try:
         sys.exit(main())
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes make the same mistake
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes here make the same mistake
+            print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # What the reference puts here (sample_neg_prompt of wan/configs/shared_config.py); the released weights expect it.
@@ -377,8 +387,7 @@ def check(options):
         raise UserError("--image FILE is needed: the picture that the clip starts from")
     if Path(options.out).suffix != ".mp4" or not Path(options.out).absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: must be an .mp4 file in a folder that exists")
-    if options.model not in CONFIGS:
-        raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
+    find_preset(options.model, options.ckpt)
     for name, allowed in dict(solver=("", "euler", "unipc"), precision=("", "bf16", "fp32")).items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed[1:])}")
@@ -392,7 +401,8 @@ def main():
     options = parse_options(SampleOptions, doc=__doc__)
     check(options)
     preset = CONFIGS[options.model]
-    frames, steps, shift = options.frames or preset.frames, options.steps or preset.steps, options.shift or preset.shift
+    frames = preset.frames if options.frames is None else options.frames
+    steps, shift = options.steps or preset.steps, options.shift or preset.shift
     tiny = preset.folder is not None
     picture = read_picture(options.image)
     size = options.size or (preset.size if tiny else best_size(preset, *picture.size))

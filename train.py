@@ -42,6 +42,7 @@ from model import (
     Experts,
     UserError,
     add_lora,
+    find_preset,
     load_model,
     lora_disabled,
     resting,
@@ -165,8 +166,7 @@ def check(options):
     for name, allowed in dict(CHOICES, objective=tuple(OBJECTIVES)).items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(filter(None, allowed))}")
-    if options.model not in CONFIGS:
-        raise UserError(f"--model {options.model}: unknown preset; choose from {', '.join(CONFIGS)}")
+    preset = find_preset(options.model, options.ckpt)
     for name, least in LEAST.items():
         if not getattr(options, name) >= least:
             raise UserError(f"--{name} {getattr(options, name)}: at least {least}")
@@ -182,9 +182,8 @@ def check(options):
         raise UserError("--reward_weight 0 and --kl_weight 0: nothing is left to optimise")
     if options.window > options.sampling_steps:
         raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
-    boundary = CONFIGS[options.model].boundary
-    if boundary and options.objective == "ipro":
-        low = int((sigmas(options.sampling_steps, CONFIGS[options.model].shift)[:-1] < boundary).sum())
+    if preset.boundary and options.objective == "ipro":
+        low = int((sigmas(options.sampling_steps, preset.shift)[:-1] < preset.boundary).sum())
         if options.window > low:
             raise UserError(
                 f"--window {options.window}: the low-noise expert, which is tuned, takes the last {low} of "
@@ -246,6 +245,17 @@ def gathered(rows):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def holds(clips, options):
+    """Refuse a set that does not hold what the objective reads."""
+    cached, _ = clips.read(0)
+    if options.objective == "sft" and "latent" not in cached:
+        raise UserError(f"--objective sft: {options.data} holds no latents; make a set with: data.py --latents")
+    if options.objective == "ipro" and "pool" not in cached:
+        raise UserError(f"--data {options.data}: made with --latents, it holds no faces; make a set without")
+    if options.objective == "ipro" and options.people == "all" and cached["pool"].dim() == 2:
+        raise UserError(f"--people all: {options.data} holds one person a clip; make a set with: data.py --people 2")
 
 
 def samples_of(options, rank, ranks):
@@ -345,8 +355,12 @@ def save_checkpoint(folder, step, tuned, optimizers, export, rank=0, keep=2):
 
 
 def newest_checkpoint(folder, rank=0, ranks=1):
-    """The newest whole checkpoint of a run, or None; a damaged one is told of, and passed over."""
-    for path in sorted(folder.glob("step-??????"), reverse=True):
+    """The newest whole checkpoint of a run, or None if there is none yet; a damaged one is told of, and passed over.
+
+    UserError where all are damaged: a run from step 0 would write over what is left of them.
+    """
+    found = sorted(folder.glob("step-??????"), reverse=True)
+    for path in found:
         try:
             files = sorted(json.loads((path / "manifest.json").read_text())["files"].items())
             wrong = [name for name, is_it in files[rank::ranks] if digest(path / name) != is_it]
@@ -357,6 +371,8 @@ def newest_checkpoint(folder, rank=0, ranks=1):
             return path
         if rank == 0:
             print(f"{path}: damaged ({wrong[0]}); falling back to the checkpoint before it", flush=True)
+    if found:
+        raise UserError(f"{folder}: no checkpoint in it is whole; start again with another --out")
     return None
 
 
@@ -563,12 +579,13 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision=""):
     turns = [rows[(i + rank) % len(rows)] for i in range(0, len(rows), ranks)]  # as many for each: FSDP2 needs it
     for row in tqdm(turns, desc="held-out clips", leave=False, disable=rank > 0):
         batch = clips.batch([row])
-        noise = noise_like((1, *clips.latent_shape(wan.preset, row)), seed, row).to(batch["context"].device)
+        (shown,) = batch["row"]
+        noise = noise_like((1, *clips.latent_shape(wan.preset, shown)), seed, row).to(batch["context"].device)
         with autocast(noise.device, precision):
             context = CachedContext(batch["context"])
             (latent,) = rollout(wan.dit, noise, batch.get("first"), context, schedule, y=batch.get("y"))
             video = wan.vae.decode(latent).float()
-        image = to_tensor(clips.video(row)[:1]).to(noise.device)
+        image = to_tensor(clips.video(shown)[:1]).to(noise.device)
         metrics = clip_metrics(to_frames(video), reward.look(video), reward.look(image))
         if judge is not None:
             metrics["judge"] = clip_metrics(to_frames(video), judge.look(video), judge.look(image))["facesim"]
@@ -641,7 +658,7 @@ class Log:
         path = out / "log.jsonl"
         if path.exists():
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [r for r in rows if r["step"] < start or (r["step"] == start and "held_out" in r)]
+            self.rows = [r for r in rows if r["step"] < start + ("held_out" in r)]
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
         part.replace(path)
@@ -653,8 +670,16 @@ class Log:
         except ImportError:  # TensorBoard is a wish, not a need
             pass
 
+    def watched(self, step):
+        return any("held_out" in row for row in self.rows if row["step"] == step)
+
     def write(self, row):
-        row = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row.items()}
+        def finite(row):
+            """JSON knows no NaN."""
+            values = {k: finite(v) if isinstance(v, dict) else v for k, v in row.items()}
+            return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
+
+        row = finite(row)
         self.rows.append(row)
         if self.file is not None:
             print(json.dumps(row), file=self.file, flush=True)
@@ -744,7 +769,8 @@ def main():
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out, folder, ipro = Path(options.out), Path(options.out) / "checkpoints", options.objective == "ipro"
     torch.manual_seed(options.seed)
-    clips = Clips(options.data, "train", device)
+    clips = Clips(options.data, "train", device, options.model)
+    holds(clips, options)
     job = prepare(options, ranks, device)
     if ipro:
         guards = {k: getattr(options, k) for k in ("tiled", "pool_first", "score_first", "min_face", "min_score")}
@@ -776,7 +802,7 @@ def main():
         start = load_checkpoint(found, job.tuned, steppers, rank)
         say(f"{found}: going on from step {start}")
     log = Log(out, start, rank)
-    if ipro and start == 0:
+    if ipro and not log.watched(0):
         log.write(dict(step=0, held_out=summary(before)))
     export = functools.partial(export_weights, job, rank=rank)
     signals = []
@@ -785,6 +811,14 @@ def main():
     in_a_row = 0
     bar = tqdm(range(start, options.steps), options.objective, initial=start, total=options.steps, disable=rank > 0)
     for step in bar:
+        due = ipro and step and options.watch_every and step % options.watch_every == 0
+        if due and not any(gathered([log.watched(step)])):  # not before a resume, which only rank 0 has read
+            results, videos = watch()
+            log.write(dict(step=step, held_out=summary(results)))
+            if rank == 0:
+                shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
+                write_video(out / "watch" / f"step-{step:06}.mp4", shown, job.wan.preset.fps)
+                draw_curves(log.rows, out / "curves.png")
         begin = time.perf_counter()
         line = take_step(job, clips, step, micro_batches, steppers)
         log.write(dict(step=step, **line, seconds=round(time.perf_counter() - begin, 3)))
@@ -802,17 +836,13 @@ def main():
         if stopped:
             say(f"stopped by a signal after step {gone}; go on with: --resume --out {out}")
             break
-        if ipro and options.watch_every and gone % options.watch_every == 0 and gone < options.steps:
-            results, videos = watch()
-            log.write(dict(step=gone, held_out=summary(results)))
-            if rank == 0:
-                shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
-                write_video(out / "watch" / f"step-{gone:06}.mp4", shown, job.wan.preset.fps)
-                draw_curves(log.rows, out / "curves.png")
     else:  # not stopped
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # --resume does what follows again
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if ipro:
             after, videos = watch()
-            log.write(dict(step=options.steps, held_out=summary(after)))
+            if not log.watched(options.steps):
+                log.write(dict(step=options.steps, held_out=summary(after)))
         export(out)
         if rank == 0:
             draw_curves(log.rows, out / "curves.png")

@@ -4,9 +4,9 @@
     python assets/build.py clips           only these
     python assets/build.py --work FOLDER   for the intermediate files (default assets/build/, git-ignored)
 
-A stage that was killed continues where it stopped. The time each stage took, over all its runs, is kept in
-<work>/times.json and written to the marked section of assets/README.md. Besides requirements.txt this needs,
-only here,
+A stage that was killed continues where it stopped (only caching latents, a part of `dit`, starts over). The time each
+stage took, over all its runs, is kept in <work>/times.json and written to the marked section of assets/README.md.
+Besides requirements.txt this needs, only here,
 
     pip install numba && pip install --no-deps anny==0.6.2 roma pyyaml trimesh warp-lang
 """
@@ -321,8 +321,11 @@ def dit(args):
 
 @stage("data/: the shipped clips as data.py caches them")
 def data(args):
+    part = ASSETS / "data.part"
+    shutil.rmtree(part, ignore_errors=True)
+    program("data.py", ASSETS / "clips", "--out", part)
     shutil.rmtree(ASSETS / "data", ignore_errors=True)
-    program("data.py", ASSETS / "clips", "--out", ASSETS / "data")
+    part.rename(ASSETS / "data")
 
 
 def turn_of(info):
@@ -376,7 +379,7 @@ def figures(args):
     train_clips, _, _ = codec.read_clips(args.work / "clips/train", args.work / "train.npy")
     held_out, _, _ = codec.read_clips(args.work / "clips/heldout", args.work / "heldout.npy")
     code = codec.evaluate(wan.vae, held_out, 120)
-    linear = codec.linear_yardstick(train_clips, held_out)
+    linear = codec.linear_yardstick(train_clips, held_out, 120)
     found = faces.measure_detector(ASSETS / "detector.onnx", args.work)
     same = faces.measure_arcface(ArcFace.from_file(ASSETS / "arcface.safetensors"), args.work)
     turned = turning(wan, reward, Clips(ASSETS / "data", "heldout"))

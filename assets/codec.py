@@ -192,8 +192,8 @@ def evaluate(vae, clips, count=60):
     return dict(psnr=decibels[0], psnr_all_frames=decibels[1], by_frame=by_frame)
 
 
-def linear_yardstick(clips, held_out, stride=(4, 8, 8), components=48, patches=60000):
-    """PSNR (dB) of the linear code with as many components: PCA of pixel patches, frames 1..16 of held-out clips."""
+def linear_yardstick(clips, held_out, count=60, stride=(4, 8, 8), components=48, patches=60000):
+    """PSNR (dB) of the linear code with as many components: PCA of pixel patches, on what `evaluate` measures."""
     t, s, _ = stride
     rng = np.random.default_rng(0)
 
@@ -207,9 +207,10 @@ def linear_yardstick(clips, held_out, stride=(4, 8, 8), components=48, patches=6
     _, vectors = torch.linalg.eigh((sample - mean).T @ (sample - mean))
     basis = vectors[:, -components:]
     square = []
-    for i in np.linspace(0, len(held_out) - 1, 60).astype(int):
-        x = patches_of(held_out, i) - mean
-        square.append((x - x @ basis @ basis.T).div(2).square().mean())
+    for i in np.linspace(0, len(held_out) - 1, count).astype(int):
+        x = patches_of(held_out, i)
+        output = mean + (x - mean) @ basis @ basis.T
+        square.append((output.clamp(-1, 1) - x).div(2).square().mean())
     return float(-10 * torch.log10(torch.stack(square).mean()))
 
 

@@ -34,11 +34,12 @@ def made(tmp_path_factory):
     add("short", frames[:9])
     add("wordless", frames, None)
     add("endless", frames, "a man nods and " * 40)
-    zoom = frames[:, 20:110, 20:110]
-    add("close", np.repeat(np.repeat(zoom, 3, 1), 3, 2)[:, : 3 * 90, : 3 * 90])
+    add("close", read_video(ASSETS / "clips/heldout/10000_1.mp4")[0])
+    add("latin", frames)
+    (clips / "latin.txt").write_bytes("a man with a moustache à la Dalí nods".encode("latin-1"))
     (clips / "torn.mp4").write_bytes(good[0].read_bytes()[:700])
     (clips / "torn.txt").write_text("a man nods")
-    done = run("data.py", clips, "--out", folder / "set", "--split", 0.5, "--max_face", 100, cwd=folder)
+    done = run("data.py", clips, "--out", folder / "set", "--split", 0.5, "--max_face", 90, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, good
 
@@ -51,6 +52,9 @@ def test_every_refused_clip_is_listed_with_its_reason(made):
     assert "wordless.txt" in rejected["wordless.mp4"]
     assert "tokens" in rejected["endless.mp4"]
     assert "torn.mp4" in rejected["torn.mp4"]
+    assert "px, at most 90 are allowed" in rejected["close.mp4"]
+    assert "latin.txt is not UTF-8" in rejected["latin.mp4"]
+    assert len(rejected) == 7
 
 
 def test_the_cache_holds_what_the_networks_give(made):
@@ -71,6 +75,27 @@ def test_the_cache_holds_what_the_networks_give(made):
     assert batch["pool"].shape == (1, 17, 512) and batch["pool_mask"].all()
     unit = torch.nn.functional.normalize(batch["pool"][0], dim=-1)
     assert (unit @ unit.T).mean() > 0.5  # one person
+
+
+def test_clips_of_one_file_name_have_a_cache_each_and_a_stray_one_is_refused(tmp_path):
+    people = sorted((ASSETS / "clips/heldout").glob("*_0.mp4"))[:2]
+    for path, name in zip(people, ("train/a/b_c", "train/a_b/c")):
+        for suffix in (".mp4", ".txt"):
+            target = (tmp_path / "clips" / name).with_suffix(suffix)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path.with_suffix(suffix), target)
+    assert run("data.py", "clips", "--out", "set", cwd=tmp_path).returncode == 0
+    clips = Clips(tmp_path / "set", "train")
+    a, b = (clips.batch([row])["pool"][0].mean(0) for row in (0, 1))
+    assert len(clips) == 2 and torch.cosine_similarity(a, b, dim=0) < 0.6  # two people
+    shutil.copy(people[0], tmp_path / "clips/stray.mp4")
+    done = run("data.py", "clips", "--out", "another", cwd=tmp_path)
+    assert done.returncode == 2 and "stray.mp4" in done.stderr and not (tmp_path / "another").exists()
+
+
+def test_a_set_for_another_model_is_named():
+    with pytest.raises(UserError, match="made for tiny.*--model wan5b"):
+        Clips(ASSETS / "data", "train", model="wan5b")
 
 
 def test_a_folder_that_is_no_set_is_named(tmp_path):
