@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import types
 import weakref
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 import model
 import train
-from model import CONFIGS, WanDiT, WanVAE, add_lora, lora_disabled
+from model import CONFIGS, KEPT_FP32, WanDiT, WanVAE, add_lora, untuned
 from reward import ArcFace, FaceReward, Faces
 from sample import latent_size, pin, rollout, sigmas, velocity, window_backward
 
@@ -117,7 +116,7 @@ def transformer(cfg, dtype):
     """A DiT in the types that `load_weights` gives it."""
     dit = WanDiT(cfg).requires_grad_(False)
     for name, p in dit.named_parameters():
-        if not re.search(r"norm|modulation|time_|head\.", name):
+        if not KEPT_FP32.search(name):
             p.data = p.data.to(dtype)
     return dit
 
@@ -141,7 +140,10 @@ def straight_step(job, batch, noise):
 
 
 def simulate(options, frames, size, step=train.ipro_step):
-    """A step of one clip: bytes on one GPU by category, and FLOPs and peak bytes by phase."""
+    """A step of one clip: bytes on one GPU by category, and FLOPs and peak bytes by phase.
+
+    Where several micro-batches accumulate, all weights' gradients also stay during the later ones' rollout and decode.
+    """
     options = dataclasses.replace(options, precision="bf16")
     preset = CONFIGS[options.model]
     shape = latent_size(preset, frames, size)
@@ -192,6 +194,8 @@ def simulate(options, frames, size, step=train.ipro_step):
         vae = WanVAE(preset.vae).requires_grad_(False)
         weigh("VAE")
         reward = FaceReward(detector, ArcFace((3, 13, 30, 3)).eval().requires_grad_(False))
+        if options.face_bf16:
+            reward.encoder.trunk = torch.bfloat16
         weigh("face net")
         if full:
             reference = transformer(preset.dit, torch.float32)
@@ -201,9 +205,7 @@ def simulate(options, frames, size, step=train.ipro_step):
             add_lora(dit, options.lora_rank)
             weigh("LoRA")
 
-            def reference(*inputs):
-                with lora_disabled(dit):
-                    return dit(*inputs)
+            reference = untuned(dit)
 
         decode = vae.decode
 

@@ -67,7 +67,7 @@ def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
     noise [B, C, F', h, w]; first [B, C, 1, h, w] or None with y [B, C_y, F', h, w]; context as the DiT's, best a
     CachedContext; sigma [N+1]. Returns the window's latents x_{N-K} .. x_N, a list of K + 1 with K = `window`.
     Raises ValueError if the window exceeds the steps. (Not in inference mode, 3 % at the tiny size and less at a
-    larger: an expert that is loaded in here, or a weight that FSDP2 gathers, could then not be trained.)
+    larger: weights that FSDP2 gathers, or --offload moves, in here could then not be used in training.)
     """
     steps = len(sigma) - 1
     if not 0 <= window <= steps:

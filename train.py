@@ -44,9 +44,9 @@ from model import (
     add_lora,
     find_preset,
     load_model,
-    lora_disabled,
     resting,
     save_lora,
+    untuned,
     write_safetensors,
 )
 from reward import FaceReward, clip_metrics, velocity_kl
@@ -87,7 +87,8 @@ CHOICES = dict(
 LEAST = dict(face_window=-1)  # that the numbers may be
 LEAST |= dict.fromkeys("lr warmup decay grad_clip lora_rank reward_weight kl_weight reward_clip".split(), 0)
 LEAST |= dict.fromkeys("decode_frames score_frames min_face min_score watch_every".split(), 0)
-LEAST |= dict.fromkeys("steps batch micro_batch sampling_steps window save_every keep max_skips eval_clips".split(), 1)
+LEAST |= dict.fromkeys("steps batch micro_batch sampling_steps window".split(), 1)
+LEAST |= dict.fromkeys("save_every keep max_skips eval_clips gpus".split(), 1)
 
 
 @dataclass
@@ -122,7 +123,7 @@ class TrainOptions:
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
     precision: str = option("", "of the networks: bf16 or fp32; default: bf16 where the device computes it natively")
-    compile: bool = option(False, "torch.compile the transformer's blocks")
+    compile: bool = option(False, "torch.compile the tuned transformer's blocks")
     fsm: str = option("pool", "what generated faces are compared with: pool, first or aligned")
     people: str = option("largest", "whose faces are scored: largest, or all (each person against their own pool)")
     pool_first: bool = option(True, "*is the true clip's frame 0 in the pool?")
@@ -166,16 +167,13 @@ def check(options):
     for name, allowed in dict(CHOICES, objective=tuple(OBJECTIVES)).items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(filter(None, allowed))}")
-    preset = find_preset(options.model, options.ckpt)
+    preset = find_preset(options.model, options.ckpt or options.plan)  # a plan needs no weights
     for name, least in LEAST.items():
         if not getattr(options, name) >= least:
             raise UserError(f"--{name} {getattr(options, name)}: at least {least}")
     for name in ("decay", "min_score"):
         if getattr(options, name) > 1:
             raise UserError(f"--{name} {getattr(options, name)}: at most 1")
-    for name in ("gpus", "frames", "size"):
-        if getattr(options, name) != getattr(TrainOptions, name):
-            raise UserError(f"--{name}: of --plan only; a run's clips are as data.py cached them")
     if options.objective == "sft" and options.judge:
         raise UserError("--judge: --objective sft samples no clips that it could watch")
     if options.objective == "ipro" and options.reward_weight == options.kl_weight == 0:
@@ -189,6 +187,11 @@ def check(options):
                 f"--window {options.window}: the low-noise expert, which is tuned, takes the last {low} of "
                 f"{options.sampling_steps} steps"
             )
+    if options.plan:
+        return
+    for name in ("gpus", "frames", "size"):
+        if getattr(options, name) != getattr(TrainOptions, name):
+            raise UserError(f"--{name}: of --plan only; a run's clips are as data.py cached them")
     out = Path(options.out)
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -508,8 +511,12 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             row["kl"] = row.get("kl", 0.0) + value / options.window
         return options.kl_weight * job.share * kl.sum() / options.window
 
-    with computing(), rest(job.wan.vae):
-        window_backward(job.model, latents, sigma, context, torch.cat(grads), penalty, y, hold)
+    def model(*inputs):  # the backward pass is not under autocast, which would round fp32 layers' gradients
+        with computing():
+            return job.model(*inputs)
+
+    with rest(job.wan.vae):
+        window_backward(model, latents, sigma, context, torch.cat(grads), penalty, y, hold)
     return rows
 
 
@@ -581,15 +588,17 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision=""):
         batch = clips.batch([row])
         (shown,) = batch["row"]
         noise = noise_like((1, *clips.latent_shape(wan.preset, shown)), seed, row).to(batch["context"].device)
-        with autocast(noise.device, precision):
+        with autocast(noise.device, precision), resting(wan.vae, wan.dit.offload):
             context = CachedContext(batch["context"])
             (latent,) = rollout(wan.dit, noise, batch.get("first"), context, schedule, y=batch.get("y"))
+        with autocast(noise.device, precision), resting(wan.dit, wan.dit.offload):
             video = wan.vae.decode(latent).float()
+        frames = to_frames(video)
         image = to_tensor(clips.video(shown)[:1]).to(noise.device)
-        metrics = clip_metrics(to_frames(video), reward.look(video), reward.look(image))
+        metrics = clip_metrics(frames, reward.look(video), reward.look(image))
         if judge is not None:
-            metrics["judge"] = clip_metrics(to_frames(video), judge.look(video), judge.look(image))["facesim"]
-        results.append((row, metrics, to_frames(video)))
+            metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
+        results.append((row, metrics, frames))
     found = {row: (metrics, video) for row, metrics, video in gathered(results)}
     return [found[row][0] for row in rows], [found[row][1] for row in rows]
 
@@ -697,7 +706,8 @@ class Log:
 def prepare(options, ranks, device):
     """The `Run` of a model, distributed over the ranks, before it has a reward."""
     full, many = options.lora_rank == 0, dist.is_initialized()
-    dtype = torch.float32 if full else None  # all weights: fp32 masters, autocast computes in bf16
+    # all weights: fp32 masters, autocast computes in bf16
+    dtype = torch.float32 if full or options.precision == "fp32" else None
     wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and many else None)
     tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
     wan.dit.offload = tuned.offload = options.offload
@@ -711,10 +721,7 @@ def prepare(options, ranks, device):
         add_lora(tuned, options.lora_rank)
         model = DistributedDataParallel(tuned, forward_sync_buffers=False) if many else tuned
 
-        def reference(*inputs):
-            with lora_disabled(tuned):
-                return tuned(*inputs)
-
+        reference = untuned(tuned)
     if options.compile:
         for block in tuned.blocks:
             block.compile()
@@ -759,11 +766,11 @@ def take_step(job, clips, step, micro_batches, steppers):
 
 def main():
     options = resolve(given_options(TrainOptions, doc=__doc__))
+    check(options)
     if options.plan:
         from plan import plan
 
         return plan(options)
-    check(options)
     rank, ranks, device = start_ranks()
     micro_batches = samples_of(options, rank, ranks)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None

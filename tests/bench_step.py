@@ -1,7 +1,7 @@
 """What a reward-tuning step costs, ours against a plain one built from diffusers' parts.
 
     python tests/bench_step.py              every table; about 25 minutes on two idle cores
-    python tests/bench_step.py --only step window frames parts share plan
+    python tests/bench_step.py --only step window frames parts share plan margin
 
 The plain step keeps one graph from the first window step through the decoder to the score: WanTransformer3DModel with
 its gradient checkpointing, AutoencoderKLWan.decode, a loop over frames through the same face encoder. Both sides have
@@ -154,7 +154,7 @@ def step(variant, size, window):
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     import train
-    from model import ASSETS, add_lora, lora_disabled
+    from model import ASSETS, add_lora, lora_disabled, untuned
     from reward import FaceReward, read_encoder
     from sample import latent_size, sigmas
 
@@ -183,12 +183,8 @@ def step(variant, size, window):
         options = train.TrainOptions(sampling_steps=8, window=window, precision="fp32", **switches)
         network.checkpointing = options.checkpointing
 
-        def untuned(*inputs):
-            with reference():
-                return network(*inputs)
-
         wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset)
-        job = train.Run(wan, network, network, untuned, options, schedule, 1.0, FaceReward(detect, encoder))
+        job = train.Run(wan, network, network, untuned(network), options, schedule, 1.0, FaceReward(detect, encoder))
         batch = dict(first=first, context=context, row=[0], pool=pool, pool_mask=torch.ones(pool.shape[:2]).bool())
 
         def once():
@@ -282,6 +278,53 @@ def planned(variant, size, window):
         return dict(megabytes=(max(meter.peaks.values()) - base) / 2**20)
 
 
+def cosine(which, seed):
+    """Cosine of the windowed decode's gradient to the whole one's, by margin; `alone`: attention sees the window only.
+
+    which: "tiny", the trained decoder, a sampled clip and the reward's own gradient; or "wan", Wan 2.2's decoder at an
+    eighth of its width with random weights, 512x512, and a random gradient on 112x112 pixels in the middle.
+    """
+    import dataclasses
+    from unittest.mock import patch
+
+    import torch
+    import torch.nn.functional as F
+
+    import model
+    from data import Clips
+    from reward import FaceReward
+    from sample import noise_like, rollout, sigmas
+
+    if which == "tiny":
+        wan, reward = model.load_model("tiny"), FaceReward.from_folder(model.ASSETS)
+        clips = Clips(model.ASSETS / "data", "heldout")
+        row = clips.spread(6)[seed]
+        batch, vae = clips.batch([row]), wan.vae
+        noise = noise_like((1, *clips.latent_shape(wan.preset, row)), 3, row)
+        x = rollout(wan.dit, noise, batch["first"], batch["context"], sigmas(8, 5.0))[0]
+        score = lambda video: reward.score(video, batch["pool"], batch["pool_mask"])[0].sum()
+    else:
+        torch.manual_seed(seed)
+        vae = model.WanVAE(dataclasses.replace(model.CONFIGS["wan5b"].vae, dim=20, dec_dim=32)).requires_grad_(False)
+        for module in vae.modules():
+            if isinstance(module, model.AttentionBlock):
+                module.proj.reset_parameters()  # it starts at zero
+        x, probe = torch.randn(1, 48, 2, 32, 32), torch.zeros(1, 3, 5, 512, 512)
+        probe[..., 200:312, 200:312] = torch.randn(1, 3, 5, 112, 112)
+        score = lambda video: (video * probe).sum()
+
+    def gradient(margin):
+        y = x.clone().requires_grad_()
+        return torch.autograd.grad(score(vae.decode(y, None, margin)), y)[0].flatten()
+
+    found, whole = {}, gradient(None)
+    for margin in (0, 1, 2) if which == "tiny" else (0, 1, 2, 3, 4, 6, 8):
+        found[margin] = float(F.cosine_similarity(gradient(margin), whole, dim=0))
+        with patch.object(model, "paste", lambda seen, frame, window, halo, k, v, size: (k, v)):
+            found[f"{margin}, alone"] = float(F.cosine_similarity(gradient(margin), whole, dim=0))
+    return found
+
+
 def timed(f):
     begin = time.process_time()  # CPU seconds
     f()
@@ -302,7 +345,7 @@ def measured(kind, *arguments, repeats=1, memory=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    tables = ("step", "window", "frames", "parts", "share", "plan")
+    tables = ("step", "window", "frames", "parts", "share", "plan", "margin")
     parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
@@ -311,8 +354,8 @@ def main():
     if options.run:
         kind, *arguments = options.run
         arguments = [int(a) if a.isdigit() else a for a in arguments]
-        run = dict(planned=planned, share=share).get(kind) or functools.partial(measure, options.repeats, kind)
-        print(json.dumps(run(*arguments)))
+        once = dict(planned=planned, share=share, cosine=cosine).get(kind)
+        print(json.dumps(once(*arguments) if once else measure(options.repeats, kind, *arguments)))
         return
     run = functools.partial(measured, repeats=options.repeats)
     peak = lambda *arguments: run(*arguments, memory=True).megabytes
@@ -348,7 +391,7 @@ def main():
         found, cpu = measured("share", "ours", "middle", 4), run("step", "ours", "middle", 4).cpu
         rate = found.flops / cpu
         print(f"\n5. step at the middle size: {found.flops / 1e12:.2f} TFLOP, {rate / 1e9:.0f} GFLOP a CPU second, "
-              f"{rate / found.matmul:.0%} of this machine's matmul ({found.matmul / 1e9:.0f} GFLOP/s)")  # fmt: skip
+              f"{rate / found.matmul:.0%} of this machine's matmul ({found.matmul / 1e9:.0f})")  # fmt: skip
     if "plan" in options.only:
         print(f"\n6. {'peak MB of the step':42}{'measured':>9}{'planned':>9}{'ratio':>7}")
         for size in options.sizes:
@@ -356,6 +399,12 @@ def main():
                 found = peak("step", variant, size, 4)
                 plan = measured("planned", variant, size, 4).megabytes
                 print(f"   {size + ', ' + variant:42}{found:9.0f}{plan:9.0f}{plan / found:7.2f}", flush=True)
+    if "margin" in options.only:
+        print("\n7. cosine of the face window's gradient to the frame's, by margin (alone: attention too)")
+        for which, seeds in (("tiny", 6), ("wan", 2)):
+            runs = [vars(measured("cosine", which, seed)) for seed in range(seeds)]
+            for name in runs[0]:
+                print(f"   {which + ', margin ' + name:36}" + "".join(f"{run[name]:8.4f}" for run in runs), flush=True)
 
 
 VARIANTS = (

@@ -261,7 +261,7 @@ def test_vae_is_causal_and_holds_no_state():
 
     def state():  # everything that any of its modules holds
         held = {n: vars(m) | m._parameters | m._buffers for n, m in vae.named_modules()}
-        return {(n, k): id(v) for n, values in held.items() for k, v in values.items()}
+        return {(n, k): (id(v), repr(v)) for n, values in held.items() for k, v in values.items()}
 
     before = state()
     latent = torch.randn(1, 6, 3, 2, 2).double()

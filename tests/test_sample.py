@@ -231,21 +231,19 @@ def test_window_backward_keeps_one_step_graph_alive(scene):
     dit, noise, first, context = scene
     s = sigmas(4, 5.0)
     latents = rollout(dit, noise, first, context, s, 4)
-    alive, most = 0, 0
+    saved, found = weakref.WeakSet(), []
 
-    def count(module, inputs, output):
-        nonlocal alive, most
-        alive += 1
-        most = max(most, alive)
-        output.register_hook(release)  # runs in the step's backward, which frees its graph
+    class Saved:  # what a graph keeps of a tensor; gone when the graph is
+        def __init__(self, x):
+            self.x = x
+            saved.add(self)
 
-    def release(grad):
-        nonlocal alive
-        alive -= 1
-
-    dit.register_forward_hook(count)
-    window_backward(dit, latents, s, context, torch.ones_like(noise))
-    assert most == 1 and alive == 0
+    dit.register_forward_pre_hook(lambda *_: found.append(len(saved)))
+    dit.register_forward_hook(lambda *_: found.append(len(saved)))
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda held: held.x):
+        window_backward(dit, latents, s, context, torch.ones_like(noise))
+    before, after = found[::2], found[1::2]
+    assert before == [0] * 4 and min(after) > 50 and not saved
 
 
 def test_a_window_longer_than_the_rollout_is_refused(scene):

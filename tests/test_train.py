@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import Clips
-from model import ASSETS, UserError, add_lora, load_model, lora_disabled
+from model import ASSETS, UserError, add_lora, load_model, untuned
 from reward import FaceReward, velocity_kl
 from sample import noise_like, read_video, rollout, sigmas, to_tensor, velocity
 from tests.test_cli import REPO, run
@@ -30,13 +30,8 @@ OPTIONS = train.TrainOptions(batch=2, micro_batch=2, lr=2e-3, window=2, sampling
 def job_of(wan, reward, **changes):
     """A `Run` of one process on the tiny model."""
     options = dataclasses.replace(OPTIONS, **changes)
-
-    def reference(*inputs):
-        with lora_disabled(wan.dit):
-            return wan.dit(*inputs)
-
     schedule = sigmas(options.sampling_steps, 5.0)
-    return train.Run(wan, wan.dit, wan.dit, reference, options, schedule, 1 / options.batch, reward)
+    return train.Run(wan, wan.dit, wan.dit, untuned(wan.dit), options, schedule, 1 / options.batch, reward)
 
 
 @pytest.fixture(scope="module")
