@@ -20,6 +20,7 @@ from model import (
     load_weights,
     lora_disabled,
     merge_lora,
+    move_frozen,
     save_lora,
     write_safetensors,
 )  # fmt: skip
@@ -253,6 +254,15 @@ def test_checkpointed_blocks_have_the_same_gradient():
         dit(x, t, context).square().sum().backward()
         grads.append([p.grad.clone() for p in dit.parameters()])
     assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(*grads))
+
+
+def test_what_goes_to_the_host_are_frozen_weights_only():
+    """A trained one would lose what DDP has hooked to it. (With one device at hand, a type shows what is moved.)"""
+    dit = WanDiT(SMALL).requires_grad_(False)
+    trained = add_lora(dit, 2)
+    move_frozen(dit, torch.float64)
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in dit.parameters() if not p.requires_grad} == {torch.float64}
 
 
 def test_vae_is_causal_and_holds_no_state():

@@ -421,7 +421,7 @@ QUICK += ["--watch_every", "2"]
 def test_train_sample_and_eval_run_and_the_same_seed_gives_the_same_log(tmp_path):
     logs = []
     for name in ("a", "b"):
-        done = run("train.py", *QUICK, "--out", name, cwd=tmp_path)
+        done = run("train.py", *QUICK, "--judge", ASSETS, "--out", name, cwd=tmp_path)  # the reward's own networks
         assert done.returncode == 0, done.stderr
         assert "before" in done.stdout and "after" in done.stdout
         assert (tmp_path / name / "watch/step-000002.mp4").stat().st_size > 1000
@@ -430,6 +430,7 @@ def test_train_sample_and_eval_run_and_the_same_seed_gives_the_same_log(tmp_path
         logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
     assert len(logs[0]) == 3 and logs[0] == logs[1]
     assert {"reward", "face_rate", "kl", "motion", "grad_norm", "missing"} <= set(logs[0][0])
+    assert all(abs(row["judge"] - row["reward"]) < 0.01 for row in logs[0])  # its pools are of the clips, not cached
     frames, _ = read_video(tmp_path / "a/before_after.mp4")
     assert frames.shape == (17, 2 * 128, 3 * 128, 3)
     assert Image.open(tmp_path / "a/curves.png").size[0] > 500
@@ -443,6 +444,12 @@ def test_train_sample_and_eval_run_and_the_same_seed_gives_the_same_log(tmp_path
     assert (tmp_path / "eval/eval.mp4").exists() and len(
         json.loads((tmp_path / "eval/eval.json").read_text())["base"]
     ) == 2
+
+    whole = ("--lora", ASSETS / "dit.safetensors", "--out", "same", "--clips", 1, "--sampling_steps", 1)
+    done = run("eval.py", *whole, "--judge", ASSETS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same = json.loads((tmp_path / "same/eval.json").read_text())
+    assert same["LoRA"] == same["base"] and same["base"][0]["judge"] == same["base"][0]["facesim"]
 
     Image.fromarray(frames[0, :128, :128]).save(tmp_path / "face.png")
     done = run("sample.py", "--image", "face.png", "--prompt", "a man nods", "--steps", 2, "--lora",
