@@ -290,6 +290,7 @@ DIT_ROUNDS = [
     "--steps 3000 --lr 2e-3 --decay 0.6".split(),
     "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split(),
     "--steps 3600 --lr 1.5e-3 --decay 0.8 --seed 2".split(),
+    "--steps 3700 --lr 2e-3 --decay 0.8 --seed 3 --batch 16 --compile".split(),
 ]
 
 
