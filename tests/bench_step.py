@@ -1,6 +1,6 @@
 """What a reward-tuning step costs, ours against a plain one built from diffusers' parts.
 
-    python tests/bench_step.py              every table; about 25 minutes on two idle cores
+    python tests/bench_step.py              every table; about 45 minutes on two idle cores
     python tests/bench_step.py --only step window frames parts share plan margin
 
 The plain step keeps one graph from the first window step through the decoder to the score: WanTransformer3DModel with
