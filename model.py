@@ -295,9 +295,9 @@ class Carry:
         return past
 
 
-def unserved(x):
-    """Whether torch leaves an fp32 3-D convolution of x on a CPU to a kernel of a tenth of oneDNN's speed."""
-    small = x.dim() == 5 and len(x) == 1 and x[..., 0].numel() <= 20480  # its rule, use_mkldnn in Convolution.cpp
+def without_onednn(x):
+    """Does torch on a CPU convolve the clip x [B, C, T, H, W] by its own fp32 kernel, of a tenth of oneDNN's speed?"""
+    small = x.dim() == 5 and len(x) == 1 and x[..., 0].numel() <= 20480  # its rule: use_mkldnn in Convolution.cpp
     return small and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
@@ -311,7 +311,7 @@ def convolve_flat(x, weight, bias, padding):
 
 
 def convolve(x, weight, bias, padding):
-    if unserved(x):
+    if without_onednn(x):
         return convolve_flat(x, weight, bias, padding)
     return (F.conv2d if x.dim() == 4 else F.conv3d)(x, weight, bias, padding=padding)
 
@@ -322,7 +322,7 @@ class FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, padding):
         ctx.save_for_backward(weight)
-        ctx.size, ctx.dtype, ctx.padding, ctx.flat = x.shape, x.dtype, padding, unserved(x)
+        ctx.size, ctx.dtype, ctx.padding, ctx.flat = x.shape, x.dtype, padding, without_onednn(x)
         return convolve(x, weight, bias, padding)
 
     @staticmethod
@@ -1490,14 +1490,15 @@ def resting(network, rest=True):
 
     rest=False leaves them.
     """
-    frozen = [p for p in network.parameters() if not p.requires_grad] if rest and not sharded(network) else []
-    places = [p.device for p in frozen]
-    if frozen:
-        move_frozen(network, "cpu")
+    if not rest or sharded(network):
+        yield
+        return
+    places = [(p, p.device) for p in network.parameters() if not p.requires_grad]
+    move_frozen(network, "cpu")
     try:
         yield
     finally:
-        for p, place in zip(frozen, places):
+        for p, place in places:
             p.data = p.data.to(place)
 
 

@@ -250,7 +250,7 @@ def gathered(rows):
     return [row for part in parts for row in part]
 
 
-def holds(clips, options):
+def check_clips(clips, options):
     """Refuse a set that does not hold what the objective reads."""
     cached, _ = clips.read(0)
     if options.objective == "sft" and "latent" not in cached:
@@ -373,7 +373,7 @@ def newest_checkpoint(folder, rank=0, ranks=1):
         if not wrong:
             return path
         if rank == 0:
-            print(f"{path}: damaged ({wrong[0]}); falling back to the checkpoint before it", flush=True)
+            print(f"{path}: damaged ({wrong[0]}), passed over", flush=True)
     if found:
         raise UserError(f"{folder}: no checkpoint in it is whole; start again with another --out")
     return None
@@ -511,12 +511,12 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             row["kl"] = row.get("kl", 0.0) + value / options.window
         return options.kl_weight * job.share * kl.sum() / options.window
 
-    def model(*inputs):  # the backward pass is not under autocast, which would round fp32 layers' gradients
+    def tuned(*inputs):  # not the backward pass: autocast would round the gradients of fp32 layers
         with computing():
             return job.model(*inputs)
 
     with rest(job.wan.vae):
-        window_backward(model, latents, sigma, context, torch.cat(grads), penalty, y, hold)
+        window_backward(tuned, latents, sigma, context, torch.cat(grads), penalty, y, hold)
     return rows
 
 
@@ -667,7 +667,7 @@ class Log:
         path = out / "log.jsonl"
         if path.exists():
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [r for r in rows if r["step"] < start + ("held_out" in r)]
+            self.rows = [r for r in rows if r["step"] < start or (r["step"] == start and "held_out" in r)]
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
         part.replace(path)
@@ -680,15 +680,11 @@ class Log:
             pass
 
     def watched(self, step):
+        """Are the held-out clips' figures after so many steps in it?"""
         return any("held_out" in row for row in self.rows if row["step"] == step)
 
     def write(self, row):
-        def finite(row):
-            """JSON knows no NaN."""
-            values = {k: finite(v) if isinstance(v, dict) else v for k, v in row.items()}
-            return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
-
-        row = finite(row)
+        row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # JSON has no NaN and no infinity
         self.rows.append(row)
         if self.file is not None:
             print(json.dumps(row), file=self.file, flush=True)
@@ -777,7 +773,7 @@ def main():
     out, folder, ipro = Path(options.out), Path(options.out) / "checkpoints", options.objective == "ipro"
     torch.manual_seed(options.seed)
     clips = Clips(options.data, "train", device, options.model)
-    holds(clips, options)
+    check_clips(clips, options)
     job = prepare(options, ranks, device)
     if ipro:
         guards = {k: getattr(options, k) for k in ("tiled", "pool_first", "score_first", "min_face", "min_score")}
@@ -811,6 +807,18 @@ def main():
     log = Log(out, start, rank)
     if ipro and not log.watched(0):
         log.write(dict(step=0, held_out=summary(before)))
+
+    def look(step, path):
+        """Sample the held-out clips with the model as it is: a line of the log, the curves, a video."""
+        results, videos = watch()
+        if not log.watched(step):
+            log.write(dict(step=step, held_out=summary(results)))
+        if rank == 0:
+            draw_curves(log.rows, out / "curves.png")
+            shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
+            write_video(path, shown, job.wan.preset.fps)
+        return results
+
     export = functools.partial(export_weights, job, rank=rank)
     signals = []
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -819,13 +827,8 @@ def main():
     bar = tqdm(range(start, options.steps), options.objective, initial=start, total=options.steps, disable=rank > 0)
     for step in bar:
         due = ipro and step and options.watch_every and step % options.watch_every == 0
-        if due and not any(gathered([log.watched(step)])):  # not before a resume, which only rank 0 has read
-            results, videos = watch()
-            log.write(dict(step=step, held_out=summary(results)))
-            if rank == 0:
-                shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
-                write_video(out / "watch" / f"step-{step:06}.mp4", shown, job.wan.preset.fps)
-                draw_curves(log.rows, out / "curves.png")
+        if due and not any(gathered([log.watched(step)])):  # the log before a resume is known to rank 0 only
+            look(step, out / "watch" / f"step-{step:06}.mp4")
         begin = time.perf_counter()
         line = take_step(job, clips, step, micro_batches, steppers)
         log.write(dict(step=step, **line, seconds=round(time.perf_counter() - begin, 3)))
@@ -846,17 +849,10 @@ def main():
     else:  # not stopped
         signal.signal(signal.SIGINT, signal.default_int_handler)  # --resume does what follows again
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if ipro:
-            after, videos = watch()
-            if not log.watched(options.steps):
-                log.write(dict(step=options.steps, held_out=summary(after)))
         export(out)
-        if rank == 0:
-            draw_curves(log.rows, out / "curves.png")
-        if ipro and rank == 0:
-            shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
-            write_video(out / "before_after.mp4", shown, job.wan.preset.fps)
-            print(table([("before", summary(before)), ("after", summary(after))]))
+        if ipro:
+            after = look(options.steps, out / "before_after.mp4")
+            say(table([("before", summary(before)), ("after", summary(after))]))
     leave_ranks()
 
 

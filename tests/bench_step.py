@@ -122,11 +122,12 @@ def plain_velocity(network, x, sigma, context):
     return network(x, t.repeat_interleave(tokens, 1), context, return_dict=False)[0]
 
 
-def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma, window, reference):
+def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma, window):
     """Sampling, decoding and scoring in one graph, and its backward pass."""
     import torch
     import torch.nn.functional as F
 
+    from model import lora_disabled
     from reward import align
 
     x, loss, steps = torch.cat([first, noise[:, :, 1:]], 2), 0, len(sigma) - 1
@@ -134,7 +135,7 @@ def plain_step(network, vae, encoder, detect, noise, first, context, pool, sigma
         with torch.set_grad_enabled(i >= steps - window):
             v = plain_velocity(network, x, sigma[i], context)
             if i >= steps - window:
-                with torch.no_grad(), reference():
+                with torch.no_grad(), lora_disabled(network):
                     v_ref = plain_velocity(network, x, sigma[i], context)
                 loss = loss + (v - v_ref)[:, :, 1:].square().mean() / (2 * float(sigma[i]) ** 2 * window)
             x = x + float(sigma[i + 1] - sigma[i]) * v
@@ -154,7 +155,7 @@ def step(variant, size, window):
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     import train
-    from model import ASSETS, add_lora, lora_disabled, untuned
+    from model import ASSETS, add_lora, untuned
     from reward import FaceReward, read_encoder
     from sample import latent_size, sigmas
 
@@ -170,14 +171,14 @@ def step(variant, size, window):
     noise, first = (torch.randn(1, *s, generator=generator) for s in (shape, (shape[0], 1, *shape[2:])))
     context = torch.randn(1, preset.dit.text_len, preset.dit.text_dim, generator=generator)
     pool = torch.randn(1, frames, 512, generator=generator)
-    schedule, reference = sigmas(8, 5.0), lambda: lora_disabled(network)
+    schedule = sigmas(8, 5.0)
     if theirs:
         targets = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
         add_lora(network, 32, targets=targets)
         network.enable_gradient_checkpointing()
 
         def once():
-            plain_step(network, vae, encoder, detect, noise, first, context, pool, schedule, window, reference)
+            plain_step(network, vae, encoder, detect, noise, first, context, pool, schedule, window)
     else:
         add_lora(network, 32)
         options = train.TrainOptions(sampling_steps=8, window=window, precision="fp32", **switches)
@@ -336,6 +337,7 @@ def timed(f):
 GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
 
 
+@functools.cache  # one row may stand in several tables
 def measured(kind, *arguments, repeats=1, memory=False):
     """What a process of its own finds; memory: its peaks rather than its seconds."""
     command = [sys.executable, __file__, "--repeats", str(repeats), "--run", kind, *map(str, arguments)]
@@ -354,8 +356,8 @@ def main():
     if options.run:
         kind, *arguments = options.run
         arguments = [int(a) if a.isdigit() else a for a in arguments]
-        once = dict(planned=planned, share=share, cosine=cosine).get(kind)
-        print(json.dumps(once(*arguments) if once else measure(options.repeats, kind, *arguments)))
+        counted = dict(planned=planned, share=share, cosine=cosine)
+        print(json.dumps(counted[kind](*arguments) if kind in counted else measure(options.repeats, kind, *arguments)))
         return
     run = functools.partial(measured, repeats=options.repeats)
     peak = lambda *arguments: run(*arguments, memory=True).megabytes

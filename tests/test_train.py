@@ -341,6 +341,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, small_set, unbr
     assert run_.returncode == 0 and f"{newest.name}: damaged" in text, text
     assert f"going on from step {STEPS - 1}" in text, text
     assert_equal(weights(tmp_path / "out"), unbroken)
+    for file in (tmp_path / "out/checkpoints").glob("*/*.distcp"):  # all of them
+        file.write_bytes(file.read_bytes()[:-100])
+    log = (tmp_path / "out/log.jsonl").read_text()
+    run_ = sft(tmp_path, small_set, "--resume")
+    text, _ = run_.communicate()
+    assert run_.returncode == 2 and "no checkpoint in it is whole" in text, text
+    assert (tmp_path / "out/log.jsonl").read_text() == log
 
 
 @pytest.mark.slow
