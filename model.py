@@ -795,7 +795,7 @@ class WanLayerNorm(nn.LayerNorm):
 
 
 def rope_table(grid, head_dim, device):
-    """The rotations exp(i angle) [F'·h·w, 1, head_dim/2] over (time, height, width), in complex128."""
+    """The rotations (cos, sin) [F'·h·w, 1, head_dim/2, 2] by (time, height, width), in fp64."""
     c = head_dim // 2
     axes = []
     for i, (n, part) in enumerate(zip(grid, (c - 2 * (c // 3), c // 3, c // 3))):
@@ -805,12 +805,16 @@ def rope_table(grid, head_dim, device):
         shape[i] = n
         axes.append(angle.view(shape).expand(*grid, part))
     angle = torch.cat(axes, -1).flatten(0, 2)[:, None]
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()], -1)
 
 
 def rope_apply(x, table):
     """Rotate neighbouring pairs of x [B, L, heads, head_dim], which the norm before left in fp32 or fp64."""
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * table).flatten(-2)
+    x = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # Inductor generates no code for complex numbers
+        (a, b), (cos, sin) = x.unbind(-1), table.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(table)).flatten(-2)
 
 
 class WanAttention(nn.Module):
@@ -957,7 +961,7 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).type_as(modulation)  # [B, L, dim]
         if texts[0] is None:
             context = self.text_embedding(F.pad(context.to(dtype), (0, 0, 0, cfg.text_len - context.shape[1])))
-        rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device).to(x.dtype.to_complex())
+        rope = rope_table(grid, cfg.dim // cfg.num_heads, x.device).to(x.dtype)
         for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 with torch.autograd.graph.save_on_cpu(pin_memory=True) if self.offload else contextlib.nullcontext():

@@ -5,7 +5,8 @@
 A clip is an ODE's solution from noise (sigma 1) to data (sigma 0): dx/dsigma = v(x, 1000 sigma). Latent frame 0
 holds the given image: its timestep is 0 and it is written back after every step, the last one included.
 The gradient window (arXiv 2510.14255, after DRaFT) sends a gradient at the final latent back through the last K
-steps, one step's graph at a time: memory of one step whatever K is, and exactly the truncated chain's gradient.
+steps, one step's graph at a time: memory of one step whatever K is, and exactly the truncated chain's gradient. Where
+there is memory to spare, the rollout can keep its last steps' graphs, whose forward pass is then not made twice.
 """
 
 import argparse
@@ -61,13 +62,15 @@ def guided(dit, null, scale):
 
 
 @torch.no_grad()
-def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
+def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter, kept=()):
     """Euler steps from noise to the clip's latent, without gradient.
 
     noise [B, C, F', h, w]; first [B, C, 1, h, w] or None with y [B, C_y, F', h, w]; context as the DiT's, best a
     CachedContext; sigma [N+1]. Returns the window's latents x_{N-K} .. x_N, a list of K + 1 with K = `window`.
-    Raises ValueError if the window exceeds the steps. (Not in inference mode, 3 % at the tiny size and less at a
-    larger: weights that FSDP2 gathers, or --offload moves, in here could then not be used in training.)
+    kept: a dict of those steps i of the window whose graphs `window_backward` is to find: kept[i] becomes
+    (x_i, v(x_i)), a leaf and what was computed from it. Raises ValueError if the window exceeds the steps. (Not in
+    inference mode, 3 % at the tiny size and less at a larger: weights that FSDP2 gathers, or --offload moves, in here
+    could then not be used in training.)
     """
     steps = len(sigma) - 1
     if not 0 <= window <= steps:
@@ -75,7 +78,14 @@ def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
     x = pin(noise, first)
     latents = [x] if window == steps else []
     for i in progress(range(steps)):
-        x = pin(x + float(sigma[i + 1] - sigma[i]) * velocity(dit, x, sigma[i], context, y), first)
+        if i in kept:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                kept[i] = leaf, velocity(dit, leaf, sigma[i], getattr(context, "context", context), y)
+            v = kept[i][1].detach()
+        else:
+            v = velocity(dit, x, sigma[i], context, y)
+        x = pin(x + float(sigma[i + 1] - sigma[i]) * v, first)
         if i + 1 >= steps - window:
             latents.append(x)
     return latents
@@ -122,13 +132,14 @@ def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
     return x
 
 
-def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None, hold=contextlib.nullcontext):
+def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None, hold=contextlib.nullcontext, kept=()):
     """Accumulate the gradient of <grad, x_N> + sum_i penalty_i in the DiT's parameters, through the window.
 
     latents: `rollout`'s list x_{N-K} .. x_N; grad: the loss's gradient at x_N, [B, C, F', h, w]; y as in `rollout`.
     penalty(v, x, i) gives a scalar of step i's velocity v at latent x (the velocity KL), or None. hold() is entered
     for every step but the one that comes last here: DDP's no_sync, so that gradients are summed over ranks once.
-    Returns the gradient at x_{N-K}. One DiT graph is alive at a time: step i's chain rule is
+    kept: steps whose graphs `rollout` kept, which are used up; of the others one graph is alive at a time. Returns
+    the gradient at x_{N-K}. Step i's chain rule is
         g_i = d/dx_i ( <g_{i+1}, x_i + (sigma_{i+1} - sigma_i) v(x_i)> + penalty_i ),
     and a pinned frame passes nothing on, because the next latent does not depend on it.
     """
@@ -136,9 +147,12 @@ def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None, ho
     pinned = None if y is not None else torch.zeros_like(grad[:, :, :1])
     for i, x in zip(range(last - 1, last - len(latents), -1), latents[-2::-1]):
         grad = pin(grad, pinned)
-        x = x.detach().requires_grad_()
         with hold() if i > last - len(latents) + 1 else contextlib.nullcontext():
-            v = velocity(dit, x, sigma[i], context, y)
+            if i in kept:
+                x, v = kept.pop(i)
+            else:
+                x = x.detach().requires_grad_()
+                v = velocity(dit, x, sigma[i], context, y)
             loss = (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
             if penalty is not None:
                 loss = loss + penalty(v, x.detach(), i)

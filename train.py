@@ -86,7 +86,7 @@ CHOICES = dict(
 )  # fmt: skip
 LEAST = dict(face_window=-1)  # that the numbers may be
 LEAST |= dict.fromkeys("lr warmup decay grad_clip lora_rank reward_weight kl_weight reward_clip".split(), 0)
-LEAST |= dict.fromkeys("decode_frames score_frames min_face min_score watch_every".split(), 0)
+LEAST |= dict.fromkeys("kept_graphs decode_frames score_frames min_face min_score watch_every".split(), 0)
 LEAST |= dict.fromkeys("steps batch micro_batch sampling_steps window".split(), 1)
 LEAST |= dict.fromkeys("save_every keep max_skips eval_clips gpus".split(), 1)
 
@@ -119,6 +119,7 @@ class TrainOptions:
     reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
     checkpointing: bool = option(False, "recompute each transformer block in the backward pass: memory for time")
     offload: bool = option(False, "keep on the host what is not at work: networks, and --checkpointing's block inputs")
+    kept_graphs: int = option(0, "of the window's last n steps, keep the rollout's graphs: a graph's memory for a pass")
     decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's")
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
@@ -180,6 +181,10 @@ def check(options):
         raise UserError("--reward_weight 0 and --kl_weight 0: nothing is left to optimise")
     if options.window > options.sampling_steps:
         raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
+    if options.kept_graphs > options.window:
+        raise UserError(f"--kept_graphs {options.kept_graphs}: more than the window's {options.window} steps")
+    if options.kept_graphs and options.offload:
+        raise UserError("--kept_graphs: not with --offload, which moves weights that a kept graph goes back through")
     if preset.boundary and options.objective == "ipro":
         low = int((sigmas(options.sampling_steps, preset.shift)[:-1] < preset.boundary).sum())
         if options.window > low:
@@ -477,7 +482,9 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
     computing = functools.partial(autocast, noise.device, options.precision)
     rest = functools.partial(resting, rest=options.offload)
     with computing(), rest(job.wan.vae):
-        latents = rollout(job.wan.dit, noise, batch.get("first"), CachedContext(context), sigma, options.window, y)
+        kept = dict.fromkeys(range(options.sampling_steps - options.kept_graphs, options.sampling_steps))
+        cached, first = CachedContext(context), batch.get("first")
+        latents = rollout(job.wan.dit, noise, first, cached, sigma, options.window, y, kept=kept)
     rows, grads = [], []
     decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     with rest(job.wan.dit):
@@ -516,7 +523,7 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             return job.model(*inputs)
 
     with rest(job.wan.vae):
-        window_backward(tuned, latents, sigma, context, torch.cat(grads), penalty, y, hold)
+        window_backward(tuned, latents, sigma, context, torch.cat(grads), penalty, y, hold, kept)
     return rows
 
 
@@ -702,6 +709,11 @@ class Log:
 def prepare(options, ranks, device):
     """The `Run` of a model, distributed over the ranks, before it has a reward."""
     full, many = options.lora_rank == 0, dist.is_initialized()
+    if many and not full and options.kept_graphs == options.window:
+        raise UserError(
+            f"--kept_graphs {options.kept_graphs}: under torchrun at most {options.window - 1}; "
+            "the ranks' gradients are summed in the step that is not kept"
+        )
     # all weights: fp32 masters, autocast computes in bf16
     dtype = torch.float32 if full or options.precision == "fp32" else None
     wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and many else None)

@@ -362,14 +362,14 @@ def main():
     run = functools.partial(measured, repeats=options.repeats)
     peak = lambda *arguments: run(*arguments, memory=True).megabytes
     if "step" in options.only:
-        print(f"{'1. step':8} {'variant':36}{'seconds':>9}{'CPU s':>8}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
+        print(f"{'1. step':8} {'variant':50}{'seconds':>9}{'CPU s':>8}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
         for size in options.sizes:
             plain = None
             for variant in VARIANTS:
                 found, megabytes = run("step", variant, size, 4), peak("step", variant, size, 4)
                 plain = plain or (found.seconds, megabytes)
                 ratio = f"{found.seconds / plain[0]:7.2f}x{megabytes / plain[1]:7.2f}x"
-                row = f"{size:8} {variant:36}{found.seconds:9.2f}{found.cpu:8.1f}{megabytes:8.0f}{ratio}"
+                row = f"{size:8} {variant:50}{found.seconds:9.2f}{found.cpu:8.1f}{megabytes:8.0f}{ratio}"
                 print(row, flush=True)
     if "window" in options.only:
         print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
@@ -415,6 +415,8 @@ VARIANTS = (
     "ours checkpointing=1 decode_frames=2",
     "ours face_window=2",
     "ours face_window=2 score_frames=5",
+    "ours face_window=2 kept_graphs=4",
+    "ours face_window=2 kept_graphs=4 checkpointing=1",
 )
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ MISTAKES = [
     ("train.py", ["--model", "wan9"], "unknown preset"),
     ("train.py", ["--model", "wan14b"], "hf download Wan-AI/Wan2.2-I2V-A14B"),
     ("train.py", ["--window", "9"], "more than the 8 sampling steps"),
+    ("train.py", ["--kept_graphs", "5"], "more than the window's 4 steps"),
+    ("train.py", ["--kept_graphs", "4", "--offload"], "not with --offload"),
     ("train.py", ["--objective", "rl"], "choose from ipro, sft"),
     ("train.py", ["--eval_clips", "0"], "at least 1"),
     ("train.py", ["--lr", "nan"], "at least 0"),

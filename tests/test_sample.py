@@ -196,11 +196,12 @@ def test_rollout_is_the_plain_euler_solution(scene):
     assert torch.allclose(rollout(dit, noise, first, context, s)[0], x, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [1, 2, 4])
-def test_window_gradient_equals_autograd_through_the_last_steps(scene, window):
+@pytest.mark.parametrize("window, graphs", [(1, 0), (2, 0), (4, 0), (1, 1), (4, 1), (4, 4)])
+def test_window_gradient_equals_autograd_through_the_last_steps(scene, window, graphs):
     dit, noise, first, context = scene
     s = sigmas(4, 5.0)
-    latents = rollout(dit, noise, first, context, s, window)
+    kept, calls = dict.fromkeys(range(4 - graphs, 4)), []
+    latents = rollout(dit, noise, first, CachedContext(context), s, window, kept=kept)
     target = torch.randn_like(noise)
     references = [torch.randn_like(noise) for _ in s]
 
@@ -219,7 +220,9 @@ def test_window_gradient_equals_autograd_through_the_last_steps(scene, window):
     loss = loss + (x * target).sum()
     expected = torch.autograd.grad(loss, [start, *dit.parameters()])
 
-    at_start = window_backward(dit, latents, s, context, target, penalty)
+    with dit.register_forward_hook(lambda *_: calls.append(0)):
+        at_start = window_backward(dit, latents, s, context, target, penalty, kept=kept)
+    assert len(calls) == window - graphs and not kept
     for p, e in zip(dit.parameters(), expected[1:], strict=True):
         assert (p.grad - e).norm() <= 1e-9 * e.norm()
     free = expected[0].clone()

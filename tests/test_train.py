@@ -247,7 +247,8 @@ from safetensors.torch import save_file
 rank, ranks, device = train.start_ranks()
 torch.manual_seed(0)
 lora_rank = int(sys.argv[1])
-options = train.TrainOptions(batch=2, micro_batch=1, window=2, sampling_steps=3, lora_rank=lora_rank, precision="fp32")
+options = train.TrainOptions(batch=4, micro_batch=1, window=2, sampling_steps=3, lora_rank=lora_rank, precision="fp32",
+                             kept_graphs=int(sys.argv[3]))
 job = train.prepare(options, ranks, device)
 job.reward = FaceReward.from_folder(ASSETS)
 with torch.no_grad():
@@ -264,14 +265,14 @@ train.leave_ranks()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [4, 0])  # under DDP; all weights, under FSDP2
-def test_two_ranks_have_the_gradient_of_one(tmp_path, lora_rank):
+@pytest.mark.parametrize("lora_rank, kept", [(4, 0), (0, 0), (4, 1), (0, 2)])  # under DDP; all weights, under FSDP2
+def test_two_ranks_have_the_gradient_of_one(tmp_path, lora_rank, kept):
     (tmp_path / "gradient.py").write_text(GRADIENT)
     environment = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")  # as torchrun sets it
     found = []
     for ranks in (1, 2):
         launch = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node {ranks}".split() if ranks > 1 else ())]
-        command = [*launch, "gradient.py", str(lora_rank), f"{ranks}.safetensors"]
+        command = [*launch, "gradient.py", str(lora_rank), f"{ranks}.safetensors", str(kept * (ranks - 1))]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(load_file(tmp_path / f"{ranks}.safetensors"))
