@@ -1,6 +1,6 @@
 """What a reward-tuning step costs, ours against a plain one built from diffusers' parts.
 
-    python tests/bench_step.py              every table; about 45 minutes on two idle cores
+    python tests/bench_step.py              every table; about an hour on two idle cores
     python tests/bench_step.py --only step window frames parts share plan margin
 
 The plain step keeps one graph from the first window step through the decoder to the score: WanTransformer3DModel with
@@ -183,6 +183,9 @@ def step(variant, size, window):
         add_lora(network, 32)
         options = train.TrainOptions(sampling_steps=8, window=window, precision="fp32", **switches)
         network.checkpointing = options.checkpointing
+        if options.compile:
+            for block in network.blocks:
+                block.compile()
 
         wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset)
         job = train.Run(wan, network, network, untuned(network), options, schedule, 1.0, FaceReward(detect, encoder))
@@ -362,14 +365,14 @@ def main():
     run = functools.partial(measured, repeats=options.repeats)
     peak = lambda *arguments: run(*arguments, memory=True).megabytes
     if "step" in options.only:
-        print(f"{'1. step':8} {'variant':50}{'seconds':>9}{'CPU s':>8}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
+        print(f"{'1. step':8} {'variant':60}{'seconds':>9}{'CPU s':>8}{'MB':>8}{'time':>8}{'memory':>8}", flush=True)
         for size in options.sizes:
             plain = None
             for variant in VARIANTS:
                 found, megabytes = run("step", variant, size, 4), peak("step", variant, size, 4)
                 plain = plain or (found.seconds, megabytes)
                 ratio = f"{found.seconds / plain[0]:7.2f}x{megabytes / plain[1]:7.2f}x"
-                row = f"{size:8} {variant:50}{found.seconds:9.2f}{found.cpu:8.1f}{megabytes:8.0f}{ratio}"
+                row = f"{size:8} {variant:60}{found.seconds:9.2f}{found.cpu:8.1f}{megabytes:8.0f}{ratio}"
                 print(row, flush=True)
     if "window" in options.only:
         print("\n2. peak MB over K (tiny)\n" + f"{'':36}" + "".join(f"{k:8}" for k in (1, 2, 4, 8)))
@@ -416,7 +419,7 @@ VARIANTS = (
     "ours face_window=2",
     "ours face_window=2 score_frames=5",
     "ours face_window=2 kept_graphs=4",
-    "ours face_window=2 kept_graphs=4 checkpointing=1",
+    "ours face_window=2 score_frames=5 kept_graphs=1 compile=1",
 )
 
 if __name__ == "__main__":
