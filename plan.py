@@ -264,7 +264,8 @@ def plan(options):
     print(f"a clip: {found.flops.total() / 1e15:.2f} PFLOP, {found.seconds:.0f} s on an H100 at {SHARE:.0%} of "
           f"{PEAK / 1e12:.0f} TFLOP/s; {found.host / 1e9:.0f} GB of block inputs pass through the host")  # fmt: skip
     print(f"\n{'switches, one after the other':44}{'peak GB':>9}{'in':>10}{'seconds':>9}")
-    off = dataclasses.replace(options, checkpointing=False, offload=False, decode_frames=0, face_window=-1)
+    off = dict(checkpointing=False, offload=False, decode_frames=0, face_window=-1, kept_graphs=0)
+    off = dataclasses.replace(options, **off)
     rows = [("one straight graph, block checkpoints", straight_step, dataclasses.replace(off, checkpointing=True))]
     rows.append(("this step, no switch", train.ipro_step, off))
     for name, value in SWITCHES.items():

@@ -75,14 +75,15 @@ def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter, 
     steps = len(sigma) - 1
     if not 0 <= window <= steps:
         raise ValueError(f"window is {window} steps, the sampler takes {steps}")
+    raw = context.context if isinstance(context, CachedContext) else context
     x = pin(noise, first)
     latents = [x] if window == steps else []
     for i in progress(range(steps)):
         if i in kept:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
-                kept[i] = leaf, velocity(dit, leaf, sigma[i], getattr(context, "context", context), y)
-            v = kept[i][1].detach()
+                v = velocity(dit, leaf, sigma[i], raw, y)
+            kept[i], v = (leaf, v), v.detach()
         else:
             v = velocity(dit, x, sigma[i], context, y)
         x = pin(x + float(sigma[i + 1] - sigma[i]) * v, first)

@@ -120,7 +120,7 @@ class TrainOptions:
     reward_clip: float = option(0.0, "largest norm of a clip's reward gradient at its final latent; 0 = any")
     checkpointing: bool = option(False, "recompute each transformer block in the backward pass: memory for time")
     offload: bool = option(False, "keep on the host what is not at work: networks, and --checkpointing's block inputs")
-    kept_graphs: int = option(0, "of the window's last n steps, keep the rollout's graphs: a graph's memory for a pass")
+    kept_graphs: int = option(0, "keep the graphs of the rollout's last n steps: each saves a forward pass later")
     decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's")
     face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
@@ -482,10 +482,10 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
         pool, pool_mask = pool[:, 0], pool_mask[:, 0]
     computing = functools.partial(autocast, noise.device, options.precision)
     rest = functools.partial(resting, rest=options.offload)
+    kept = dict.fromkeys(range(options.sampling_steps - options.kept_graphs, options.sampling_steps))
+    given = batch.get("first"), CachedContext(context)
     with computing(), rest(job.wan.vae):
-        kept = dict.fromkeys(range(options.sampling_steps - options.kept_graphs, options.sampling_steps))
-        cached, first = CachedContext(context), batch.get("first")
-        latents = rollout(job.wan.dit, noise, first, cached, sigma, options.window, y, kept=kept)
+        latents = rollout(job.wan.dit, noise, *given, sigma, options.window, y, kept=kept)
     rows, grads = [], []
     decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     with rest(job.wan.dit):

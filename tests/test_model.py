@@ -21,6 +21,8 @@ from model import (
     lora_disabled,
     merge_lora,
     move_frozen,
+    rope_apply,
+    rope_table,
     save_lora,
     write_safetensors,
 )  # fmt: skip
@@ -107,6 +109,13 @@ def test_dit_pads_the_context_with_zeros_and_takes_one_timestep_a_sample():
     a = dit(x, torch.tensor([300.0, 20.0]), context)
     b = dit(x, torch.tensor([[300.0, 300.0], [20.0, 20.0]]), padded)
     assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_rotation_that_is_compiled_is_the_complex_one():
+    """Traced by Dynamo, as for Inductor, and run without generated code, so that no compiler is needed."""
+    x, table = torch.randn(2, 12, 3, 24, dtype=torch.float64), rope_table((3, 2, 2), 24, "cpu")
+    compiled = torch.compile(rope_apply, backend="eager", fullgraph=True)(x, table)
+    assert torch.allclose(compiled, rope_apply(x, table), rtol=1e-12, atol=1e-12)
 
 
 def test_dit_names_a_wrong_size():
