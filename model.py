@@ -868,8 +868,15 @@ class WanAttentionBlock(nn.Module):
         x = torch.addcmul(per_frame(x), per_frame(y), e[2]).flatten(1, 2)
         x = x + self.cross_attn(self.norm3(x).to(dtype), text=text)
         y = torch.addcmul(e[3], per_frame(self.norm2(x)), 1 + e[4])
-        y = self.ffn(y.flatten(1, 2).to(dtype))
+        y = self.feed_forward(y.flatten(1, 2).to(dtype))
         return torch.addcmul(per_frame(x), per_frame(y), e[5]).flatten(1, 2), text
+
+    def feed_forward(self, x):
+        """`ffn`, whose graph keeps the wide layer once, before the GELU: a sixth less memory of a block, no time."""
+        x = self.ffn[0](x)
+        if not torch.is_grad_enabled():
+            return self.ffn[1:](x)
+        return checkpoint(lambda x: self.ffn[2](self.ffn[1](x)), x, use_reentrant=False, preserve_rng_state=False)
 
 
 class Head(nn.Module):
@@ -1319,11 +1326,11 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
         if not self.enabled:
-            return y
+            return F.linear(x, self.weight, self.bias)
         low = self.scale * F.linear(x, self.lora_A.type_as(x))
-        return y.add_(F.linear(low, self.lora_B.type_as(x)))
+        # the wide product last: what a checkpoint computes again ends where the last tensor that it lacks is found
+        return F.linear(low, self.lora_B.type_as(x)).add_(F.linear(x, self.weight, self.bias))
 
 
 def lora_layers(model):

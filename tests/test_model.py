@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import (
     CONFIGS,
@@ -13,6 +15,7 @@ from model import (
     UMT5Config,
     UserError,
     VAEConfig,
+    WanAttentionBlock,
     WanDiT,
     WanVAE,
     add_lora,
@@ -263,6 +266,31 @@ def test_checkpointed_blocks_have_the_same_gradient():
         dit(x, t, context).square().sum().backward()
         grads.append([p.grad.clone() for p in dit.parameters()])
     assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(*grads))
+
+
+def test_a_block_keeps_its_widest_layer_once(monkeypatch):
+    """What the GELU gives is computed again in the backward pass, and of the rest only the LoRA's narrow products."""
+    dit = WanDiT(SMALL)
+    add_lora(dit, 2)
+    block, wide, grads, work = randomise(dit).double().blocks[0], [], [], []
+    e, rope = torch.randn(1, 2, 6, SMALL.dim).double(), rope_table((2, 2, 2), SMALL.dim // SMALL.num_heads, "cpu")
+    x, context = torch.randn(1, 8, SMALL.dim).double().requires_grad_(), torch.randn(1, 5, SMALL.dim).double()
+    for layer in block.ffn[:2]:
+        layer.register_forward_hook(lambda *call: wide.append(StorageWeakRef(call[-1].untyped_storage())))
+    y, _ = block(x, e, rope, context)
+    assert [storage.expired() for storage in wide] == [False, True]  # before the GELU, after it
+    trained = [x, *(p for p in block.parameters() if p.requires_grad)]
+    for feed_forward in (WanAttentionBlock.feed_forward, lambda self, x: self.ffn(x)):
+        monkeypatch.setattr(WanAttentionBlock, "feed_forward", feed_forward)
+        with FlopCounterMode(display=False) as counter:
+            y, _ = block(x, e, rope, context)
+            y.square().sum().backward()
+        work.append(counter.get_total_flops())
+        grads.append([p.grad for p in trained])
+        for p in trained:
+            p.grad = None
+    assert all(map(torch.equal, *grads))
+    assert work[0] - work[1] == 2 * 8 * 2 * (SMALL.ffn_dim + SMALL.dim), work
 
 
 def test_what_goes_to_the_host_are_frozen_weights_only():
