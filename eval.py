@@ -12,7 +12,7 @@ Writes --out/eval.json (every clip's figures) and --out/eval.mp4 (true clip, bas
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class EvalOptions:
     clips: int = option(60, "held-out clips to sample")
     seeds: int = option(1, "samples of each clip, with different noise")
     sampling_steps: int = option(8, "Euler steps of a sample")
+    shift: float = option(0.0, "of the noise schedule, as in training; 0 = the preset's")
 
 
 @torch.no_grad()
@@ -70,8 +71,11 @@ def main():
         raise UserError(f"--lora {options.lora}: no such file; train one with: python train.py")
     if min(options.clips, options.seeds, options.sampling_steps) < 1:
         raise UserError("--clips, --seeds and --sampling_steps: at least 1")
+    if options.shift < 0:
+        raise UserError(f"--shift {options.shift}: at least 0")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wan = load_model(options.model, options.ckpt, device)
+    wan.preset = replace(wan.preset, shift=options.shift or wan.preset.shift)
     reward = FaceReward.from_folder(options.faces, device)
     judge = FaceReward.from_folder(options.judge, device) if options.judge else None
     print(f"face detector on {reward.detector.provider}")

@@ -217,7 +217,8 @@ def simulate(options, frames, size, step=train.ipro_step):
 
         vae.decode, reward.score = decode_and_mark, during("face net", reward.score)
         wan = types.SimpleNamespace(dit=dit, vae=vae, preset=preset)
-        job = train.Run(wan, dit, dit, reference, options, sigmas(options.sampling_steps, preset.shift), 1.0, reward)
+        schedule = sigmas(options.sampling_steps, options.shift or preset.shift)
+        job = train.Run(wan, dit, dit, reference, options, schedule, 1.0, reward)
         channels = preset.dit.out_dim
         batch = dict(context=torch.zeros(1, preset.dit.text_len, preset.dit.text_dim), row=[0],
                      pool=torch.zeros(1, frames, 512), pool_mask=torch.ones(1, frames, dtype=torch.bool))  # fmt: skip

@@ -286,7 +286,7 @@ def program(*arguments):
 
 
 DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-DIT_ROUNDS = [
+DIT_ROUNDS = [  # each at the noise levels that Wan trains at, --shift 5; the preset samples at more
     "--steps 3000 --lr 2e-3 --decay 0.6".split(),
     "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split(),
     "--steps 3600 --lr 1.5e-3 --decay 0.8 --seed 2".split(),
@@ -310,7 +310,7 @@ def dit(args):
     if not (latents / "index.jsonl").exists():
         shutil.rmtree(latents, ignore_errors=True)
         program("data.py", args.work / "more", "--out", latents, "--latents", "--ckpt", start)
-    train = ["train.py", "--objective", "sft", "--ckpt", start, "--data", latents, *DIT_RECIPE]
+    train = ["train.py", "--objective", "sft", "--ckpt", start, "--data", latents, "--shift", "5", *DIT_RECIPE]
     for k, recipe in enumerate(DIT_ROUNDS):
         run = args.work / f"dit{k}"
         if not (run / "dit.safetensors").exists():

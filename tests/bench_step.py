@@ -418,8 +418,9 @@ VARIANTS = (
     "ours checkpointing=1 decode_frames=2",
     "ours face_window=2",
     "ours face_window=2 score_frames=5",
+    "ours face_window=2 kept_graphs=2",
+    "ours face_window=2 kept_graphs=2 compile=1",
     "ours face_window=2 kept_graphs=4",
-    "ours face_window=2 score_frames=5 kept_graphs=1 compile=1",
 )
 
 if __name__ == "__main__":

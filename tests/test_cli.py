@@ -52,6 +52,7 @@ MISTAKES = [
     ("train.py", ["--objective", "rl"], "choose from ipro, sft"),
     ("train.py", ["--eval_clips", "0"], "at least 1"),
     ("train.py", ["--lr", "nan"], "at least 0"),
+    ("train.py", ["--shift", "-1"], "at least 0"),
     ("train.py", ["--decay", "2"], "at most 1"),
     ("train.py", ["--frames", "81"], "of --plan only"),
     ("train.py", ["--objective", "sft", "--judge", "."], "--judge"),

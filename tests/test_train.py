@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import Clips
-from model import ASSETS, UserError, add_lora, load_model, untuned
+from model import ASSETS, CONFIGS, UserError, add_lora, load_model, untuned
 from reward import FaceReward, velocity_kl
 from sample import noise_like, read_video, rollout, sigmas, to_tensor, velocity
 from tests.test_cli import REPO, run
@@ -50,6 +50,13 @@ def reset(parameters, B=0.0):
     for i, p in enumerate(parameters):
         p.data.fill_(B) if i % 2 else torch.nn.init.kaiming_uniform_(p.data, generator=torch.Generator().manual_seed(i))
         p.grad = None
+
+
+def test_a_run_takes_its_noise_levels_from_shift():
+    job = train.prepare(dataclasses.replace(OPTIONS, shift=2.0), 1, torch.device("cpu"))
+    assert torch.equal(job.sigma, sigmas(4, 2.0)) and job.wan.preset.shift == 2.0  # held-out clips', and sft's
+    job = train.prepare(OPTIONS, 1, torch.device("cpu"))
+    assert torch.equal(job.sigma, sigmas(4, CONFIGS["tiny"].shift))
 
 
 @pytest.mark.slow
