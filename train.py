@@ -483,9 +483,10 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
     computing = functools.partial(autocast, noise.device, options.precision)
     rest = functools.partial(resting, rest=options.offload)
     kept = dict.fromkeys(range(options.sampling_steps - options.kept_graphs, options.sampling_steps))
-    given = batch.get("first"), CachedContext(context)
     with computing(), rest(job.wan.vae):
-        latents = rollout(job.wan.dit, noise, *given, sigma, options.window, y, kept=kept)
+        latents = rollout(  # the cached context lives no longer: of wan5b its keys and values take 0.2 GB
+            job.wan.dit, noise, batch.get("first"), CachedContext(context), sigma, options.window, y, kept=kept
+        )
     rows, grads = [], []
     decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     with rest(job.wan.dit):
