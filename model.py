@@ -875,7 +875,8 @@ class WanAttentionBlock(nn.Module):
     def feed_forward(self, x):
         """`ffn`, whose graph keeps the wide layer once, before the GELU: a sixth less memory of a block, no time."""
         x = self.ffn[0](x)
-        if not torch.is_grad_enabled():
+        trained = any(p.requires_grad for p in self.ffn[2].parameters())  # frozen, it needs no input for its gradient
+        if not (trained and torch.is_grad_enabled()):
             return self.ffn[1:](x)
         return checkpoint(lambda x: self.ffn[2](self.ffn[1](x)), x, use_reentrant=False, preserve_rng_state=False)
 
