@@ -873,9 +873,10 @@ class WanAttentionBlock(nn.Module):
         return torch.addcmul(per_frame(x), per_frame(y), e[5]).flatten(1, 2), text
 
     def feed_forward(self, x):
-        """`ffn`, whose graph keeps the wide layer once, before the GELU: a sixth less memory of a block, no time."""
+        """`ffn`; the graph keeps the wide layer once, before the GELU, which is applied again in the backward pass: a
+        sixth less memory of a block, and a step takes as long (tests/bench_step.py)."""
         x = self.ffn[0](x)
-        trained = any(p.requires_grad for p in self.ffn[2].parameters())  # frozen, it needs no input for its gradient
+        trained = any(p.requires_grad for p in self.ffn[2].parameters())  # a frozen layer's input is not kept anyway
         if not (trained and torch.is_grad_enabled()):
             return self.ffn[1:](x)
         return checkpoint(lambda x: self.ffn[2](self.ffn[1](x)), x, use_reentrant=False, preserve_rng_state=False)
@@ -1331,7 +1332,7 @@ class LoRALinear(nn.Linear):
         if not self.enabled:
             return F.linear(x, self.weight, self.bias)
         low = self.scale * F.linear(x, self.lora_A.type_as(x))
-        # the wide product last: what a checkpoint computes again ends where the last tensor that it lacks is found
+        # the wide product last: a checkpoint computes again only as far as the backward pass needs a tensor
         return F.linear(low, self.lora_B.type_as(x)).add_(F.linear(x, self.weight, self.bias))
 
 

@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's: of what was tried in ten minutes, the most FaceSim with the motion kept
+TINY = dict(  # over the recipe's: of what was tried in ten minutes, the most FaceSim for nine tenths of the motion
     batch=4, micro_batch=4, steps=100, lr=4e-3, decay=0.9, kl_weight=0.6, eval_clips=60, watch_every=50,
 )  # fmt: skip
 CHOICES = dict(

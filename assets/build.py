@@ -285,8 +285,10 @@ def program(*arguments):
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ASSETS.parent, check=True)
 
 
-DIT_RECIPE = "--lora_rank 0 --optimizer muon --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-DIT_ROUNDS = [  # each at the noise levels that Wan trains at, --shift 5; the preset samples at more
+DIT_RECIPE = (  # the shift is that of Wan's training; the preset's own is for sampling in few steps
+    "--lora_rank 0 --optimizer muon --shift 5 --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
+)
+DIT_ROUNDS = [
     "--steps 3000 --lr 2e-3 --decay 0.6".split(),
     "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split(),
     "--steps 3600 --lr 1.5e-3 --decay 0.8 --seed 2".split(),
@@ -310,7 +312,7 @@ def dit(args):
     if not (latents / "index.jsonl").exists():
         shutil.rmtree(latents, ignore_errors=True)
         program("data.py", args.work / "more", "--out", latents, "--latents", "--ckpt", start)
-    train = ["train.py", "--objective", "sft", "--ckpt", start, "--data", latents, "--shift", "5", *DIT_RECIPE]
+    train = ["train.py", "--objective", "sft", "--ckpt", start, "--data", latents, *DIT_RECIPE]
     for k, recipe in enumerate(DIT_ROUNDS):
         run = args.work / f"dit{k}"
         if not (run / "dit.safetensors").exists():
