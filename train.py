@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's; 100 steps give more FaceSim (25 instead of 20 %) for as much motion
+TINY = dict(  # over the recipe's; with 100 steps FaceSim rises by 25 %, not 20, and as much motion is kept
     batch=4, micro_batch=4, steps=50, lr=4e-3, decay=0.9, kl_weight=0.6, eval_clips=60, watch_every=25,
 )  # fmt: skip
 CHOICES = dict(
