@@ -12,7 +12,7 @@ Writes --out/eval.json (every clip's figures) and --out/eval.mp4 (true clip, bas
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +74,7 @@ def main():
     if options.shift < 0:
         raise UserError(f"--shift {options.shift}: at least 0")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wan = load_model(options.model, options.ckpt, device)
-    wan.preset = replace(wan.preset, shift=options.shift or wan.preset.shift)
+    wan = load_model(options.model, options.ckpt, device, shift=options.shift)
     reward = FaceReward.from_folder(options.faces, device)
     judge = FaceReward.from_folder(options.judge, device) if options.judge else None
     print(f"face detector on {reward.detector.provider}")

@@ -22,7 +22,7 @@ import pickle
 import re
 import typing
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -1629,10 +1629,10 @@ class Wan:
     shard(module), if given, distributes a transformer over ranks before its weights are read (FSDP2).
     """
 
-    def __init__(self, name, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=(), shard=None):
+    def __init__(self, name, preset, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=(), shard=None):
         from tokenizers import Tokenizer
 
-        self.name, self.preset, self.device, self.dtype = name, CONFIGS[name], torch.device(device), dtype
+        self.name, self.preset, self.device, self.dtype = name, preset, torch.device(device), dtype
         self.keep, self.loras, self.shard, self.networks = keep, list(loras), shard, {}
         self.paths = find_parts(name, ckpt or self.preset.folder)
         for part, path in self.paths.items():
@@ -1704,21 +1704,24 @@ def check_experts(high, low):
         raise UserError(f"{high} and {low} hold the same weights: one expert was downloaded or copied twice")
 
 
-def find_preset(name, ckpt=None):
-    """The preset of that name. UserError where there is none, or where its weights neither ship nor are given."""
+def find_preset(name, ckpt=None, shift=None):
+    """The preset of that name, its noise schedule's shift replaced where one is given.
+
+    UserError where there is none, or where its weights neither ship nor are given.
+    """
     if name not in CONFIGS:
         raise UserError(f"--model {name}: unknown preset; choose from {', '.join(CONFIGS)}")
     if not ckpt and CONFIGS[name].folder is None:
         raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
-    return CONFIGS[name]
+    return replace(CONFIGS[name], shift=shift) if shift else CONFIGS[name]
 
 
-def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None):
-    """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2.
+def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None, shift=None):
+    """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2, shift to the preset's.
 
     Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any of them is read.
     """
-    preset = find_preset(name, ckpt)
+    preset = find_preset(name, ckpt, shift)
     if dtype is None:
         dtype = torch.float32 if preset.folder else torch.bfloat16
-    return Wan(name, ckpt, device, dtype, keep, loras, shard)
+    return Wan(name, preset, ckpt, device, dtype, keep, loras, shard)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 import model
 import train
-from model import CONFIGS, KEPT_FP32, WanDiT, WanVAE, add_lora, untuned
+from model import CONFIGS, KEPT_FP32, WanDiT, WanVAE, add_lora, find_preset, untuned
 from reward import ArcFace, FaceReward, Faces
 from sample import latent_size, pin, rollout, sigmas, velocity, window_backward
 
@@ -145,7 +145,7 @@ def simulate(options, frames, size, step=train.ipro_step):
     Where several micro-batches accumulate, all weights' gradients also stay during the later ones' rollout and decode.
     """
     options = dataclasses.replace(options, precision="bf16")
-    preset = CONFIGS[options.model]
+    preset = find_preset(options.model, True, options.shift)  # no weights are read
     shape = latent_size(preset, frames, size)
     full = options.lora_rank == 0
     share = 1 / options.gpus if full else 1  # what FSDP2 leaves on a GPU of weights, gradients and optimizer state
@@ -217,7 +217,7 @@ def simulate(options, frames, size, step=train.ipro_step):
 
         vae.decode, reward.score = decode_and_mark, during("face net", reward.score)
         wan = types.SimpleNamespace(dit=dit, vae=vae, preset=preset)
-        schedule = sigmas(options.sampling_steps, options.shift or preset.shift)
+        schedule = sigmas(options.sampling_steps, preset.shift)
         job = train.Run(wan, dit, dit, reference, options, schedule, 1.0, reward)
         channels = preset.dit.out_dim
         batch = dict(context=torch.zeros(1, preset.dit.text_len, preset.dit.text_dim), row=[0],

@@ -415,9 +415,9 @@ def check(options):
 def main():
     options = parse_options(SampleOptions, doc=__doc__)
     check(options)
-    preset = CONFIGS[options.model]
+    preset = find_preset(options.model, options.ckpt, options.shift)
     frames = preset.frames if options.frames is None else options.frames
-    steps, shift = options.steps or preset.steps, options.shift or preset.shift
+    steps = options.steps or preset.steps
     tiny = preset.folder is not None
     picture = read_picture(options.image)
     size = options.size or (preset.size if tiny else best_size(preset, *picture.size))
@@ -435,9 +435,9 @@ def main():
     dit = wan.dit if cfg == 1 else guided(wan.dit, null, cfg)
     bar = functools.partial(tqdm, desc="sampling")
     if (options.solver or ("euler" if tiny else "unipc")) == "unipc":
-        latent = unipc(dit, noise, first, context, steps, shift, y, bar)
+        latent = unipc(dit, noise, first, context, steps, preset.shift, y, bar)
     else:
-        latent = rollout(dit, noise, first, context, sigmas(steps, shift), y=y, progress=bar)[0]
+        latent = rollout(dit, noise, first, context, sigmas(steps, preset.shift), y=y, progress=bar)[0]
     del dit  # its memory is free before the decoder is read
     write_video(options.out, decode(wan.vae, latent), preset.fps)
     print(f"{options.out}: {frames} frames of {size[1]}x{size[0]} at {preset.fps} fps")

@@ -169,7 +169,7 @@ def check(options):
     for name, allowed in dict(CHOICES, objective=tuple(OBJECTIVES)).items():
         if getattr(options, name) not in allowed:
             raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(filter(None, allowed))}")
-    preset = find_preset(options.model, options.ckpt or options.plan)  # a plan needs no weights
+    preset = find_preset(options.model, options.ckpt or options.plan, options.shift)  # a plan needs no weights
     for name, least in LEAST.items():
         if not getattr(options, name) >= least:
             raise UserError(f"--{name} {getattr(options, name)}: at least {least}")
@@ -187,7 +187,7 @@ def check(options):
     if options.kept_graphs and options.offload:
         raise UserError("--kept_graphs: not with --offload, which moves weights that a kept graph goes back through")
     if preset.boundary and options.objective == "ipro":
-        low = int((sigmas(options.sampling_steps, options.shift or preset.shift)[:-1] < preset.boundary).sum())
+        low = int((sigmas(options.sampling_steps, preset.shift)[:-1] < preset.boundary).sum())
         if options.window > low:
             raise UserError(
                 f"--window {options.window}: the low-noise expert, which is tuned, takes the last {low} of "
@@ -718,8 +718,8 @@ def prepare(options, ranks, device):
         )
     # all weights: fp32 masters, autocast computes in bf16
     dtype = torch.float32 if full or options.precision == "fp32" else None
-    wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and many else None)
-    wan.preset = dataclasses.replace(wan.preset, shift=options.shift or wan.preset.shift)
+    distribute = shard if full and many else None
+    wan = load_model(options.model, options.ckpt, device, dtype, shard=distribute, shift=options.shift)
     tuned = wan.dit.expert("low") if isinstance(wan.dit, Experts) else wan.dit
     wan.dit.offload = tuned.offload = options.offload
     tuned.checkpointing = options.checkpointing
