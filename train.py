@@ -809,8 +809,6 @@ def main():
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if ipro and options.watch_every:
-                (out / "watch").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
         saved = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
@@ -832,6 +830,7 @@ def main():
         if rank == 0:
             draw_curves(log.rows, out / "curves.png")
             shown = side_by_side([inputs, videos_before, videos], range(min(6, len(inputs))))
+            path.parent.mkdir(exist_ok=True)
             write_video(path, shown, job.wan.preset.fps)
         return results
 
