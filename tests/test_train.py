@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -142,16 +143,16 @@ def test_the_plan_runs_the_step_without_data_and_streaming_lowers_its_peak():
     from plan import simulate
 
     options = train.TrainOptions(model="tiny", sampling_steps=2, window=1)
-    whole = simulate(options, 65, (128, 128))
-    parts = simulate(dataclasses.replace(options, decode_frames=2), 65, (128, 128))
+    whole = simulate(options, 33, (128, 128))
+    parts = simulate(dataclasses.replace(options, decode_frames=2), 33, (128, 128))
     dit = load_model("tiny").dit
     assert whole.sizes["transformer"] < 4 * sum(p.numel() for p in dit.parameters())  # bf16 but for the norms
     assert parts.peaks["decode"] < whole.peaks["decode"] and parts.flops["window"] == whole.flops["window"] > 0
-    rests = simulate(dataclasses.replace(options, offload=True), 65, (128, 128))  # the network that is not at work
+    rests = simulate(dataclasses.replace(options, offload=True), 33, (128, 128))  # the network that is not at work
     for phase, network in (("rollout", "VAE"), ("decode", "transformer"), ("window", "VAE")):
         assert 0.7 < (whole.peaks[phase] - rests.peaks[phase]) / whole.sizes[network] <= 1, phase
     everything = dataclasses.replace(options, lora_rank=0)
-    alone, shared = (simulate(dataclasses.replace(everything, gpus=n), 17, (128, 128)) for n in (1, 4))
+    alone, shared = (simulate(dataclasses.replace(everything, gpus=n), 5, (128, 128)) for n in (1, 4))
     parts = ("transformer", "reference", "gradients", "optimizer")
     for name in parts:
         assert shared.sizes[name] == pytest.approx(alone.sizes[name] / 4, rel=0.01), name
@@ -271,19 +272,29 @@ train.leave_ranks()
 """
 
 
+def gradient(folder, lora_rank, ranks=1, kept=0):
+    """The gradient of a step that so many ranks make."""
+    (folder / "gradient.py").write_text(GRADIENT)
+    environment = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")  # as torchrun sets it
+    launch = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node {ranks}".split() if ranks > 1 else ())]
+    command = [*launch, "gradient.py", str(lora_rank), "gradient.safetensors", str(kept)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "gradient.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The gradients that one process finds, by lora_rank; both at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        found = {r: pool.submit(gradient, tmp_path_factory.mktemp("alone"), r) for r in (4, 0)}
+    return {r: future.result() for r, future in found.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank, kept", [(4, 0), (0, 0), (4, 1), (0, 2)])  # under DDP; all weights, under FSDP2
-def test_two_ranks_have_the_gradient_of_one(tmp_path, lora_rank, kept):
-    (tmp_path / "gradient.py").write_text(GRADIENT)
-    environment = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")  # as torchrun sets it
-    found = []
-    for ranks in (1, 2):
-        launch = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node {ranks}".split() if ranks > 1 else ())]
-        command = [*launch, "gradient.py", str(lora_rank), f"{ranks}.safetensors", str(kept * (ranks - 1))]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found.append(load_file(tmp_path / f"{ranks}.safetensors"))
-    one, two = found
+def test_two_ranks_have_the_gradient_of_one(tmp_path, alone, lora_rank, kept):
+    one, two = dict(alone[lora_rank]), gradient(tmp_path, lora_rank, 2, kept)
     assert torch.allclose(one.pop("log"), two.pop("log"), rtol=1e-5, atol=1e-7)
     largest = max(float(g.abs().max()) for g in one.values())
     assert one.keys() == two.keys() and largest > 0
