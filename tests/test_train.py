@@ -284,17 +284,17 @@ def gradient(folder, lora_rank, ranks=1, kept=0):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def one_rank(tmp_path_factory):
     """The gradients that one process finds, by lora_rank; both at a time."""
     with ThreadPoolExecutor(2) as pool:
-        found = {r: pool.submit(gradient, tmp_path_factory.mktemp("alone"), r) for r in (4, 0)}
+        found = {r: pool.submit(gradient, tmp_path_factory.mktemp("one_rank"), r) for r in (4, 0)}
     return {r: future.result() for r, future in found.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank, kept", [(4, 0), (0, 0), (4, 1), (0, 2)])  # under DDP; all weights, under FSDP2
-def test_two_ranks_have_the_gradient_of_one(tmp_path, alone, lora_rank, kept):
-    one, two = dict(alone[lora_rank]), gradient(tmp_path, lora_rank, 2, kept)
+def test_two_ranks_have_the_gradient_of_one(tmp_path, one_rank, lora_rank, kept):
+    one, two = dict(one_rank[lora_rank]), gradient(tmp_path, lora_rank, 2, kept)
     assert torch.allclose(one.pop("log"), two.pop("log"), rtol=1e-5, atol=1e-7)
     largest = max(float(g.abs().max()) for g in one.values())
     assert one.keys() == two.keys() and largest > 0
