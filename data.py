@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from model import ASSETS, CONFIGS, UserError, find_preset, load_model, write_safetensors
-from reward import FaceReward
+from reward import FaceReward, face_motion
 from sample import condition, fit, latent_size, option, parse_options, read_video, run, to_frames, to_tensor
 
 SPLITS = ("train", "heldout")
@@ -38,10 +38,11 @@ class Clips:
     [B, L, text_dim] (zero-padded), caption (a list), row (the clips' numbers: one that cannot be read is told of, and
     the next stands in for it), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or
     latent [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8
-    [F, H, W, 3]. UserError where the folder is no such set, or one for another model than the given one.
+    [F, H, W, 3]. moving: keep this share of the clips, those whose faces move most (`reward.face_motion`).
+    UserError where the folder is no such set, or one for another model than the given one.
     """
 
-    def __init__(self, folder, split, device="cpu", model=None):
+    def __init__(self, folder, split, device="cpu", model=None, moving=1.0):
         self.folder, self.device = Path(folder), device
         index = self.folder / "index.jsonl"
         if not index.is_file():
@@ -52,6 +53,12 @@ class Clips:
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
             raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
+        if moving < 1:
+            if any("motion" not in row for row in self.rows):
+                raise UserError(f"--moving: {folder} does not say how its faces move; make it anew with data.py")
+            motion = sorted((row["motion"] for row in self.rows), reverse=True)
+            least = motion[: max(1, round(moving * len(motion)))][-1]
+            self.rows = [row for row in self.rows if row["motion"] >= least]
         made_for = self.rows[0].get("model", model)
         if model is not None and made_for != model:
             raise UserError(
@@ -163,7 +170,8 @@ def pool_of(reward, video, options):
     pool, mask = info["embeddings"][0], seen
     if options.people > 1:
         pool, mask = reward.identities(video, options.people)
-    return dict(pool=pool, pool_mask=mask.byte()), dict(coverage=round(coverage, 3), face=round(side, 1))
+    about = dict(coverage=round(coverage, 3), face=round(side, 1), motion=round(face_motion(info) or 0.0, 4))
+    return dict(pool=pool, pool_mask=mask.byte()), about
 
 
 @torch.no_grad()

@@ -78,7 +78,8 @@ RECIPES = {
     ),
 }  # fmt: skip
 TINY = dict(  # over the recipe's; sized for about ten minutes on two cores without bf16
-    batch=2, micro_batch=2, steps=64, lr=2.4e-3, decay=0.9, kl_weight=0.6, eval_clips=24, watch_every=0,
+    moving=0.25, batch=4, micro_batch=4, steps=40, lr=2.6e-3, decay=0.9, kl_weight=0.6, face_window=1,
+    eval_clips=24, watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
@@ -86,7 +87,7 @@ CHOICES = dict(
 )  # fmt: skip
 LEAST = dict(face_window=-1)  # that the numbers may be
 LEAST |= dict.fromkeys("lr warmup decay grad_clip lora_rank reward_weight kl_weight reward_clip".split(), 0)
-LEAST |= dict.fromkeys("shift kept_graphs decode_frames score_frames min_face min_score watch_every".split(), 0)
+LEAST |= dict.fromkeys("shift moving kept_graphs decode_frames score_frames min_face min_score watch_every".split(), 0)
 LEAST |= dict.fromkeys("steps batch micro_batch sampling_steps window".split(), 1)
 LEAST |= dict.fromkeys("save_every keep max_skips eval_clips gpus".split(), 1)
 
@@ -104,11 +105,12 @@ class TrainOptions:
     recipe: str = option("paper", "where the defaults marked * are from: paper or roll; tiny has some of its own")
     steps: int = option(100, "*optimisation steps")
     batch: int = option(64, "*clips a step, of all ranks together")
+    moving: float = option(1.0, "*share of the clips that ipro trains on: those whose true faces move most")
     micro_batch: int = option(1, "*clips that a rank has in work at a time")
     lr: float = option(2e-5, "*learning rate")
     optimizer: str = option("adam", "adam, or muon: Muon for the blocks' matrices and Adam for the rest, from scratch")
     warmup: int = option(5, "steps over which the learning rate rises to lr")
-    decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0")
+    decay: float = option(0.0, "*share of the steps, at the end, over which it falls to 0")
     grad_clip: float = option(1.0, "largest norm of a step's gradient")
     lora_rank: int = option(32, "rank of the LoRA on q, k, v, o and the feed-forward layers; 0 tunes all weights")
     sampling_steps: int = option(8, "*N, Euler steps of a rollout")
@@ -122,7 +124,7 @@ class TrainOptions:
     offload: bool = option(False, "keep on the host what is not at work: networks, and --checkpointing's block inputs")
     kept_graphs: int = option(0, "keep the graphs of the rollout's last n steps: each saves a forward pass later")
     decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's")
-    face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = the frame")
+    face_window: int = option(-1, "*decode with gradient the faces only and so many latent cells around; -1 = all")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
     precision: str = option("", "of the networks: bf16 or fp32; default: bf16 where the device computes it natively")
     compile: bool = option(False, "torch.compile the tuned transformer's blocks")
@@ -135,7 +137,7 @@ class TrainOptions:
     min_face: float = option(0.0, "pixels; a smaller face counts in proportion to its size; 0 = all count the same")
     min_score: float = option(0.0, "in 0..1; a face that the detector is less sure of counts less; 0 = as any other")
     eval_clips: int = option(8, "*held-out clips sampled before, after and at every watch, with fixed noise")
-    watch_every: int = option(20, "steps between looks at the held-out clips; 0 = only before and after")
+    watch_every: int = option(20, "*steps between looks at the held-out clips; 0 = only before and after")
     save_every: int = option(20, "steps between checkpoints")
     keep: int = option(2, "checkpoints that stay")
     max_skips: int = option(10, "steps in a row without a finite gradient after which the run ends")
@@ -173,7 +175,7 @@ def check(options):
     for name, least in LEAST.items():
         if not getattr(options, name) >= least:
             raise UserError(f"--{name} {getattr(options, name)}: at least {least}")
-    for name in ("decay", "min_score"):
+    for name in ("decay", "min_score", "moving"):
         if getattr(options, name) > 1:
             raise UserError(f"--{name} {getattr(options, name)}: at most 1")
     if options.objective == "sft" and options.judge:
@@ -787,7 +789,7 @@ def main():
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out, folder, ipro = Path(options.out), Path(options.out) / "checkpoints", options.objective == "ipro"
     torch.manual_seed(options.seed)
-    clips = Clips(options.data, "train", device, options.model)
+    clips = Clips(options.data, "train", device, options.model, options.moving if ipro else 1)
     check_clips(clips, options)
     job = prepare(options, ranks, device)
     if ipro:

@@ -77,6 +77,22 @@ def test_the_cache_holds_what_the_networks_give(made):
     assert (unit @ unit.T).mean() > 0.5  # one person
 
 
+def test_the_clips_that_move_most_are_chosen_and_a_set_that_does_not_say_is_named(made):
+    folder, _ = made
+    every = Clips(ASSETS / "data", "train")
+    moving = Clips(ASSETS / "data", "train", moving=0.25)
+    left = [row["motion"] for row in every.rows if row not in moving.rows]
+    assert len(moving) == pytest.approx(len(every) / 4, abs=2)
+    assert min(row["motion"] for row in moving.rows) > max(left)
+    old = folder / "old"
+    old.mkdir()
+    rows = map(json.loads, (folder / "set/index.jsonl").open())
+    lines = [json.dumps({k: v for k, v in row.items() if k != "motion"}) + "\n" for row in rows]
+    (old / "index.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match="make it anew"):
+        Clips(old, "train", moving=0.5)
+
+
 def test_clips_of_one_file_name_have_a_cache_each_and_a_stray_one_is_refused(tmp_path):
     people = sorted((ASSETS / "clips/heldout").glob("*_0.mp4"))[:2]
     for path, name in zip(people, ("train/a/b_c", "train/a_b/c")):

@@ -1,6 +1,7 @@
 """The main job in small: the step's gradient, its determinism, resuming, and the programs end to end."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -227,10 +227,15 @@ STEPS = 3 * KILLS
 SFT = "--objective sft --lora_rank 4 --batch 4 --micro_batch 1 --save_every 1 --lr 1e-3 --seed 3".split()
 
 
+def launch(ranks):
+    """How a program starts: as one process (0), or as torchrun's `ranks`, which meet at a port that is free."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split() if ranks else ()
+    return [sys.executable, *torchrun]
+
+
 def sft(cwd, data, *more, out="out", ranks=0, **popen):
     """Start a short supervised run, of one process or of torchrun's `ranks`; returns it."""
-    program = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node {ranks}".split() if ranks else ())]
-    command = [*program, REPO / "train.py", *SFT, "--steps", STEPS, "--data", data, "--out", out, *more]
+    command = [*launch(ranks), REPO / "train.py", *SFT, "--steps", STEPS, "--data", data, "--out", out, *more]
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     return subprocess.Popen([str(c) for c in command], cwd=cwd, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **popen)  # fmt: skip
@@ -272,12 +277,11 @@ train.leave_ranks()
 """
 
 
-def gradient(folder, lora_rank, ranks=1, kept=0):
+def gradient(folder, lora_rank, ranks=0, kept=0):
     """The gradient of a step that so many ranks make."""
     (folder / "gradient.py").write_text(GRADIENT)
     environment = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")  # as torchrun sets it
-    launch = [sys.executable, *(f"-m torch.distributed.run --nproc_per_node {ranks}".split() if ranks > 1 else ())]
-    command = [*launch, "gradient.py", str(lora_rank), "gradient.safetensors", str(kept)]
+    command = [*launch(ranks), "gradient.py", str(lora_rank), "gradient.safetensors", str(kept)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return load_file(folder / "gradient.safetensors")
@@ -285,16 +289,14 @@ def gradient(folder, lora_rank, ranks=1, kept=0):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """The gradients that one process finds, by lora_rank; both at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        found = {r: pool.submit(gradient, tmp_path_factory.mktemp("one_rank"), r) for r in (4, 0)}
-    return {r: future.result() for r, future in found.items()}
+    """The gradient that one process finds, by lora_rank."""
+    return functools.cache(lambda lora_rank: gradient(tmp_path_factory.mktemp("one_rank"), lora_rank))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank, kept", [(4, 0), (0, 0), (4, 1), (0, 2)])  # under DDP; all weights, under FSDP2
 def test_two_ranks_have_the_gradient_of_one(tmp_path, one_rank, lora_rank, kept):
-    one, two = dict(one_rank[lora_rank]), gradient(tmp_path, lora_rank, 2, kept)
+    one, two = dict(one_rank(lora_rank)), gradient(tmp_path, lora_rank, 2, kept)
     assert torch.allclose(one.pop("log"), two.pop("log"), rtol=1e-5, atol=1e-7)
     largest = max(float(g.abs().max()) for g in one.values())
     assert one.keys() == two.keys() and largest > 0

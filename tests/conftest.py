@@ -1,0 +1,6 @@
+"""The suite runs as several processes (pytest-xdist), which share the cores with the programs that they start."""
+
+import os
+
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))  # before torch is imported
