@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from model import ASSETS, CONFIGS, UserError, find_preset, load_model, write_safetensors
-from reward import FaceReward, face_motion
+from reward import FaceReward
 from sample import condition, fit, latent_size, option, parse_options, read_video, run, to_frames, to_tensor
 
 SPLITS = ("train", "heldout")
@@ -38,7 +38,7 @@ class Clips:
     [B, L, text_dim] (zero-padded), caption (a list), row (the clips' numbers: one that cannot be read is told of, and
     the next stands in for it), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or
     latent [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8
-    [F, H, W, 3]. moving: keep this share of the clips, those whose faces move most (`reward.face_motion`).
+    [F, H, W, 3]. moving: keep this share of the clips, those whose faces move furthest (`face_travel`).
     UserError where the folder is no such set, or one for another model than the given one.
     """
 
@@ -54,11 +54,11 @@ class Clips:
         if not self.rows:
             raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
         if moving < 1:
-            if any("motion" not in row for row in self.rows):
+            if any("travel" not in row for row in self.rows):
                 raise UserError(f"--moving: {folder} does not say how its faces move; make it anew with data.py")
-            motion = sorted((row["motion"] for row in self.rows), reverse=True)
-            least = motion[: max(1, round(moving * len(motion)))][-1]
-            self.rows = [row for row in self.rows if row["motion"] >= least]
+            travel = sorted((row["travel"] for row in self.rows), reverse=True)
+            least = travel[: max(1, round(moving * len(travel)))][-1]
+            self.rows = [row for row in self.rows if row["travel"] >= least]
         made_for = self.rows[0].get("model", model)
         if model is not None and made_for != model:
             raise UserError(
@@ -153,6 +153,18 @@ def read_clip(path, frames, size):
     return caption, to_tensor(np.stack([fit(Image.fromarray(frame), size) for frame in video])), fps
 
 
+def face_travel(info):
+    """How far a clip's face gets from its first place, from `look`: mean over frames, in sizes of the face.
+
+    0 where no frame shows a face.
+    """
+    seen = info["mask"][0]
+    if not seen.any():
+        return 0.0
+    place, box = info["landmarks"][0][seen].mean(1), info["boxes"][0][seen][0]
+    return float((place - place[0]).norm(dim=-1).mean() / (box[2:] - box[:2]).prod().sqrt())
+
+
 def pool_of(reward, video, options):
     """The pool (embeddings and mask of every frame with a face) and what the index says of the faces; or Refused."""
     info = reward.look(video)
@@ -170,7 +182,7 @@ def pool_of(reward, video, options):
     pool, mask = info["embeddings"][0], seen
     if options.people > 1:
         pool, mask = reward.identities(video, options.people)
-    about = dict(coverage=round(coverage, 3), face=round(side, 1), motion=round(face_motion(info) or 0.0, 4))
+    about = dict(coverage=round(coverage, 3), face=round(side, 1), travel=round(face_travel(info), 4))
     return dict(pool=pool, pool_mask=mask.byte()), about
 
 

@@ -839,30 +839,24 @@ class FaceReward:
         return reward, info | dict(missing=~present.any(1), face_rate=info["mask"][:, only].float().mean(1))
 
 
-def face_motion(info):
-    """How much the face of one clip moves, from `look`: mean landmark speed over the face's size, a frame.
-
-    None where no two neighbouring frames show a face.
-    """
-    mask, box = info["mask"][0], info["boxes"][0]
-    both = mask[1:] & mask[:-1]
-    if not both.any():
-        return None
-    size = (box[:, 2:] - box[:, :2]).clamp(min=1).prod(1).sqrt()
-    speed = info["landmarks"][0].diff(dim=0).norm(dim=-1).mean(1) / ((size[1:] + size[:-1]) / 2)
-    return float(speed[both].mean())
-
-
 def clip_metrics(frames, info, image=None):
     """What is watched in one clip: uint8 frames [F, H, W, 3], `look` of it, and `look` of the input image.
 
     facesim: mean cosine of the frames' embeddings to the input image's (the paper's FaceSim; None without
-    faces or image); face_rate: share of frames with a face; motion: `face_motion`; tf: VBench's temporal flickering,
-    (255 - mean |difference|)/255.
+    faces or image); face_rate: share of frames with a face; motion: mean landmark speed over the face's size,
+    a frame (None where no two neighbouring frames show a face); tf: VBench's temporal flickering, (255 - mean
+    |difference|)/255.
     """
-    mask, facesim = info["mask"][0], None
+    mask = info["mask"][0]
+    facesim = motion = None
     if image is not None and mask.any() and image["mask"][0, 0]:
         embeddings = info["embeddings"][0][mask].detach()
         facesim = float(F.cosine_similarity(embeddings, image["embeddings"][0, :1].detach()).mean())
+    both = mask[1:] & mask[:-1]
+    if both.any():
+        box = info["boxes"][0]
+        size = (box[:, 2:] - box[:, :2]).clamp(min=1).prod(1).sqrt()
+        speed = info["landmarks"][0].diff(dim=0).norm(dim=-1).mean(1) / ((size[1:] + size[:-1]) / 2)
+        motion = float(speed[both].mean())
     tf = 1 - np.abs(np.diff(frames.astype(np.float32), axis=0)).mean() / 255
-    return dict(facesim=facesim, face_rate=float(mask.float().mean()), motion=face_motion(info), tf=float(tf))
+    return dict(facesim=facesim, face_rate=float(mask.float().mean()), motion=motion, tf=float(tf))

@@ -78,7 +78,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 TINY = dict(  # over the recipe's; sized for about ten minutes on two cores without bf16
-    moving=0.25, batch=4, micro_batch=4, steps=40, lr=2.6e-3, decay=0.9, kl_weight=0.6, face_window=1,
+    moving=0.5, batch=4, micro_batch=4, steps=40, lr=2.6e-3, decay=0.9, kl_weight=0.6, face_window=1,
     eval_clips=24, watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
@@ -105,7 +105,7 @@ class TrainOptions:
     recipe: str = option("paper", "where the defaults marked * are from: paper or roll; tiny has some of its own")
     steps: int = option(100, "*optimisation steps")
     batch: int = option(64, "*clips a step, of all ranks together")
-    moving: float = option(1.0, "*share of the clips that ipro trains on: those whose true faces move most")
+    moving: float = option(1.0, "*share of the clips that ipro trains on: those whose true faces move furthest")
     micro_batch: int = option(1, "*clips that a rank has in work at a time")
     lr: float = option(2e-5, "*learning rate")
     optimizer: str = option("adam", "adam, or muon: Muon for the blocks' matrices and Adam for the rest, from scratch")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import Clips
+from data import Clips, face_travel
 from model import ASSETS, UserError, load_model
 from sample import read_video, to_tensor, write_video
 from tests.test_cli import run
@@ -77,20 +77,29 @@ def test_the_cache_holds_what_the_networks_give(made):
     assert (unit @ unit.T).mean() > 0.5  # one person
 
 
-def test_the_clips_that_move_most_are_chosen_and_a_set_that_does_not_say_is_named(made):
+def test_the_clips_that_move_furthest_are_chosen_and_a_set_that_does_not_say_is_named(made):
     folder, _ = made
     every = Clips(ASSETS / "data", "train")
     moving = Clips(ASSETS / "data", "train", moving=0.25)
-    left = [row["motion"] for row in every.rows if row not in moving.rows]
+    left = [row["travel"] for row in every.rows if row not in moving.rows]
     assert len(moving) == pytest.approx(len(every) / 4, abs=2)
-    assert min(row["motion"] for row in moving.rows) > max(left)
+    assert min(row["travel"] for row in moving.rows) > max(left)
     old = folder / "old"
     old.mkdir()
     rows = map(json.loads, (folder / "set/index.jsonl").open())
-    lines = [json.dumps({k: v for k, v in row.items() if k != "motion"}) + "\n" for row in rows]
+    lines = [json.dumps({k: v for k, v in row.items() if k != "travel"}) + "\n" for row in rows]
     (old / "index.jsonl").write_text("".join(lines))
     with pytest.raises(UserError, match="make it anew"):
         Clips(old, "train", moving=0.5)
+
+
+def test_a_face_s_travel_is_its_distance_from_its_first_place_in_its_own_size():
+    boxes, points = torch.zeros(1, 4, 4), torch.rand(1, 1, 5, 2).repeat(1, 4, 1, 1)
+    boxes[..., 2:] = torch.tensor([40.0, 10.0])  # a size of 20
+    points[..., 0] += torch.tensor([9.0, 3, 5, 3])[:, None]
+    info = dict(boxes=boxes, landmarks=points, mask=torch.tensor([[False, True, True, True]]))
+    assert face_travel(info) == pytest.approx((0 + 2 + 0) / 3 / 20)
+    assert face_travel(info | dict(mask=torch.zeros(1, 4, dtype=torch.bool))) == 0
 
 
 def test_clips_of_one_file_name_have_a_cache_each_and_a_stray_one_is_refused(tmp_path):

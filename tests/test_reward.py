@@ -19,7 +19,6 @@ from reward import (
     Faces,
     align,
     clip_metrics,
-    face_motion,
     face_score,
     link,
     read_encoder,
@@ -883,15 +882,3 @@ def test_grey_frames_show_no_face_and_metrics_say_so(reward):
     assert not info["mask"].any() and not info["embeddings"].any()
     metrics = clip_metrics(np.full((5, 128, 128, 3), 127, np.uint8), info, info)
     assert metrics == dict(facesim=None, face_rate=0.0, motion=None, tf=1.0)
-
-
-def test_a_face_s_motion_is_its_landmarks_speed_in_its_own_size():
-    boxes, points = torch.zeros(1, 4, 4), torch.rand(1, 1, 5, 2).repeat(1, 4, 1, 1)
-    boxes[..., 2:] = torch.tensor([40.0, 10.0])  # a size of 20
-    points[..., 0] += torch.tensor([0.0, 2, 6, 6])[:, None]  # 2, 4 and 0 px a frame
-    info = dict(boxes=boxes, landmarks=points, mask=torch.ones(1, 4, dtype=torch.bool))
-    assert face_motion(info) == pytest.approx(0.1)
-    info["mask"] = torch.tensor([[True, True, False, True]])  # only the first two are neighbours
-    assert face_motion(info) == pytest.approx(0.1)
-    info["mask"] = torch.tensor([[True, False, True, False]])
-    assert face_motion(info) is None
