@@ -78,7 +78,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 TINY = dict(  # over the recipe's; sized for about ten minutes on two cores without bf16
-    moving=0.5, batch=4, micro_batch=4, steps=40, lr=2.6e-3, decay=0.9, kl_weight=0.6, face_window=1,
+    moving=0.5, batch=4, micro_batch=4, steps=40, lr=1.8e-3, decay=0.9, kl_weight=0.6, face_window=1,
     eval_clips=24, watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
