@@ -57,7 +57,7 @@ class Clips:
             if any("travel" not in row for row in self.rows):
                 raise UserError(f"--moving: {folder} does not say how its faces move; make it anew with data.py")
             travel = sorted((row["travel"] for row in self.rows), reverse=True)
-            least = travel[: max(1, round(moving * len(travel)))][-1]
+            least = travel[max(1, round(moving * len(travel))) - 1]
             self.rows = [row for row in self.rows if row["travel"] >= least]
         made_for = self.rows[0].get("model", model)
         if model is not None and made_for != model:
