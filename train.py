@@ -78,8 +78,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 TINY = dict(  # over the recipe's; sized for about ten minutes on two cores without bf16
-    moving=0.5, batch=4, micro_batch=4, steps=40, lr=1.8e-3, decay=0.9, kl_weight=0.6, face_window=1,
-    eval_clips=24, watch_every=0,
+    moving=0.25, batch=4, micro_batch=4, steps=45, lr=2.4e-3, decay=0.9, kl_weight=0.45, eval_clips=24, watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
@@ -124,7 +123,7 @@ class TrainOptions:
     offload: bool = option(False, "keep on the host what is not at work: networks, and --checkpointing's block inputs")
     kept_graphs: int = option(0, "keep the graphs of the rollout's last n steps: each saves a forward pass later")
     decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's")
-    face_window: int = option(-1, "*decode with gradient the faces only and so many latent cells around; -1 = all")
+    face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = all")
     score_frames: int = option(0, "frames of a clip that are scored, drawn anew for every sample; 0 = all")
     precision: str = option("", "of the networks: bf16 or fp32; default: bf16 where the device computes it natively")
     compile: bool = option(False, "torch.compile the tuned transformer's blocks")
