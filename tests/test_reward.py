@@ -882,3 +882,17 @@ def test_grey_frames_show_no_face_and_metrics_say_so(reward):
     assert not info["mask"].any() and not info["embeddings"].any()
     metrics = clip_metrics(np.full((5, 128, 128, 3), 127, np.uint8), info, info)
     assert metrics == dict(facesim=None, face_rate=0.0, motion=None, tf=1.0)
+
+
+def test_a_face_s_motion_is_its_landmarks_speed_in_its_own_size():
+    boxes, points = torch.zeros(1, 4, 4), torch.rand(1, 1, 5, 2).repeat(1, 4, 1, 1)
+    boxes[..., 2:] = torch.tensor([40.0, 10.0])  # a size of 20
+    points[..., 0] += torch.tensor([0.0, 2, 9, 10])[:, None]  # 2, 7 and 1 px a frame
+    info = dict(boxes=boxes, landmarks=points)
+    for seen, motion in (
+        ([True, True, True, True], pytest.approx(10 / 3 / 20)),
+        ([True, True, False, True], pytest.approx(0.1)),  # only the first two are neighbours
+        ([True, False, True, False], None),
+    ):
+        mask = torch.tensor([seen])
+        assert clip_metrics(np.zeros((4, 8, 8, 3), np.uint8), info | dict(mask=mask))["motion"] == motion
