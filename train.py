@@ -78,7 +78,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 TINY = dict(  # over the recipe's; sized for about ten minutes on two cores without bf16
-    moving=0.25, batch=4, micro_batch=4, steps=38, lr=2.7e-3, decay=0.9, kl_weight=0.28, eval_clips=60, watch_every=0,
+    moving=0.25, batch=4, micro_batch=4, steps=33, lr=2.4e-3, decay=0.9, kl_weight=0.32, eval_clips=60, watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
