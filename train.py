@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's; sized to stay within ten minutes on two cores without bf16, on a busy machine too
+TINY = dict(  # over the recipe's; sized to stay within ten minutes on two cores without bf16
     moving=0.25, batch=4, micro_batch=4, steps=33, lr=2.4e-3, decay=0.9, kl_weight=0.32, eval_clips=60, watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
