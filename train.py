@@ -424,18 +424,19 @@ def learning_rate(options, step):
 
 
 def optimizers(options, model):
-    """The optimizers of a model's trainable parameters: Adam, and with `muon` Muon before it.
+    """The optimizers of a model's trainable parameters: Adam, or with `muon` Muon and, for what it leaves, Adam.
 
     Muon (arXiv 2502.16982) takes the blocks' matrices, its updates scaled to the size of Adam's, so that one learning
     rate serves both.
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = {n for n, p in named.items() if options.optimizer == "muon" and n.startswith("blocks.") and p.dim() == 2}
-    rest = [p for n, p in named.items() if n not in matrices]
-    found = [torch.optim.Adam(rest, lr=options.lr, betas=(0.9, 0.99 if matrices else 0.999))]
+    rest, found = [p for n, p in named.items() if n not in matrices], []
     if matrices:
         kernels = [named[n] for n in sorted(matrices)]
-        found.insert(0, torch.optim.Muon(kernels, options.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        found.append(torch.optim.Muon(kernels, options.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if rest:  # a LoRA's parameters are all matrices
+        found.append(torch.optim.Adam(rest, lr=options.lr, betas=(0.9, 0.99 if matrices else 0.999)))
     return found
 
 

@@ -177,6 +177,17 @@ def test_the_ranks_share_a_batch_without_overlap_and_refuse_one_that_does_not_di
         train.samples_of(options, 0, 5)
 
 
+def test_muon_takes_the_blocks_matrices_and_adam_what_is_left():
+    dit, options = load_model("tiny").dit.requires_grad_(True), dataclasses.replace(OPTIONS, optimizer="muon")
+    muon, adam = train.optimizers(options, dit)
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adam, torch.optim.Adam)
+    taken = [p for optimizer in (muon, adam) for group in optimizer.param_groups for p in group["params"]]
+    assert len(taken) == len(set(taken)) == len(list(dit.parameters()))
+    lora = add_lora(dit, 4)  # all of it matrices: nothing is left
+    (muon,) = train.optimizers(options, dit)
+    assert isinstance(muon, torch.optim.Muon) and set(muon.param_groups[0]["params"]) == set(lora)
+
+
 @pytest.mark.parametrize("broken", ["reward", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(scene, broken, monkeypatch):
     job, _, _, parameters = scene
