@@ -78,7 +78,8 @@ RECIPES = {
     ),
 }  # fmt: skip
 TINY = dict(  # over the recipe's; sized to stay within ten minutes on two cores without bf16
-    moving=0.25, batch=4, micro_batch=4, steps=33, lr=2.4e-3, decay=0.9, kl_weight=0.32, eval_clips=60, watch_every=0,
+    moving=0.25, batch=3, micro_batch=3, steps=34, lr=2.4e-3, warmup=3, decay=0.9, kl_weight=0.32, eval_clips=60,
+    watch_every=0,
 )  # fmt: skip
 CHOICES = dict(
     recipe=tuple(RECIPES), optimizer=("adam", "muon"), kl_weighting=("sigma", "dt", "uniform"),
@@ -108,7 +109,7 @@ class TrainOptions:
     micro_batch: int = option(1, "*clips that a rank has in work at a time")
     lr: float = option(2e-5, "*learning rate")
     optimizer: str = option("adam", "adam, or muon: Muon for the blocks' matrices and Adam for the rest, from scratch")
-    warmup: int = option(5, "steps over which the learning rate rises to lr")
+    warmup: int = option(5, "*steps over which the learning rate rises to lr")
     decay: float = option(0.0, "*share of the steps, at the end, over which it falls to 0")
     grad_clip: float = option(1.0, "largest norm of a step's gradient")
     lora_rank: int = option(32, "rank of the LoRA on q, k, v, o and the feed-forward layers; 0 tunes all weights")
