@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's; sized to stay within ten minutes on two cores without bf16
+TINY = dict(  # over the recipe's; some ten minutes on two cores without bf16, by how busy others keep them
     moving=0.25, batch=3, micro_batch=3, steps=34, lr=2.4e-3, warmup=3, decay=0.9, kl_weight=0.32, eval_clips=60,
     watch_every=0,
 )  # fmt: skip
@@ -432,11 +432,12 @@ def optimizers(options, model):
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = {n for n, p in named.items() if options.optimizer == "muon" and n.startswith("blocks.") and p.dim() == 2}
-    rest, found = [p for n, p in named.items() if n not in matrices], []
+    rest = [p for n, p in named.items() if n not in matrices]
+    found = []
     if matrices:
         kernels = [named[n] for n in sorted(matrices)]
         found.append(torch.optim.Muon(kernels, options.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-    if rest:  # a LoRA's parameters are all matrices
+    if rest:  # a LoRA's parameters are all matrices: with Muon, nothing is left
         found.append(torch.optim.Adam(rest, lr=options.lr, betas=(0.9, 0.99 if matrices else 0.999)))
     return found
 
