@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's; some ten minutes on two cores without bf16, by how busy others keep them
+TINY = dict(  # over the recipe's; some seven minutes on two cores without bf16, by how busy others keep them
     moving=0.25, batch=3, micro_batch=3, steps=34, lr=2.4e-3, warmup=3, decay=0.9, kl_weight=0.32, eval_clips=60,
     watch_every=0,
 )  # fmt: skip
@@ -473,17 +473,44 @@ def scored_frames(noise, frames, count):
     return noise.flatten()[:frames].argsort()[:count].sort().values if 0 < count < frames else slice(None)
 
 
+def reward_gradient(job, batch, noise, latent):
+    """g = d(-w_R sum R)/dx_N at a micro-batch's final latents [B, C, F', h, w], and of each sample what to log.
+
+    The pixels, and the graphs of the decoder and the face network, live in here only.
+    """
+    options, rows, scores = job.options, [], []
+    pool, pool_mask = batch["pool"], batch["pool_mask"]
+    if options.people == "largest" and pool.dim() == 4:
+        pool, pool_mask = pool[:, 0], pool_mask[:, 0]
+    x = latent.detach().requires_grad_()
+    with autocast(x.device, options.precision):
+        videos = job.wan.vae.decode(
+            x, options.decode_frames or None, options.face_window if options.face_window >= 0 else None
+        ).float()
+    for b, video in enumerate(videos.split(1)):
+        looked = scored_frames(noise[b], video.shape[2], options.score_frames)
+        score, info = job.reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
+        scores.append(score)
+        row = dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]))
+        if job.judge is not None:
+            row["judge"] = job.judge(batch["row"][b], video.detach())
+        watched = clip_metrics(to_frames(video.detach()), info)
+        rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
+    (grad,) = torch.autograd.grad(-options.reward_weight * job.share * torch.cat(scores).sum(), x)
+    if options.reward_clip:
+        norm = grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1).clamp(min=1e-12)
+        grad = grad * (options.reward_clip * job.share / norm).clamp(max=1)
+    return grad, rows
+
+
 def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
     """Accumulate the gradient of  -w_R mean R + w_KL mean_i KL_i  (IPRO's objective).
 
     batch: `batch_at`; noise [B, C, F', h, w]; hold: a context for every backward pass but the last, DDP's no_sync.
     A sample that shows no face adds its KL only.
     """
-    options, sigma, reward = job.options, job.sigma, job.reward
+    options, sigma = job.options, job.sigma
     context, y, size = batch["context"], batch.get("y"), len(noise)
-    pool, pool_mask = batch["pool"], batch["pool_mask"]
-    if options.people == "largest" and pool.dim() == 4:
-        pool, pool_mask = pool[:, 0], pool_mask[:, 0]
     computing = functools.partial(autocast, noise.device, options.precision)
     rest = functools.partial(resting, rest=options.offload)
     kept = dict.fromkeys(range(options.sampling_steps - options.kept_graphs, options.sampling_steps))
@@ -491,25 +518,8 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
         latents = rollout(  # the cached context lives no longer: of wan5b its keys and values take 0.2 GB
             job.wan.dit, noise, batch.get("first"), CachedContext(context), sigma, options.window, y, kept=kept
         )
-    rows, grads = [], []
-    decoding = options.decode_frames or None, options.face_window if options.face_window >= 0 else None
     with rest(job.wan.dit):
-        for b in range(size):  # one clip's decoder graph at a time
-            x = latents[-1][b : b + 1].clone().requires_grad_()
-            with computing():
-                video = job.wan.vae.decode(x, *decoding).float()
-            looked = scored_frames(noise[b], video.shape[2], options.score_frames)
-            score, info = reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
-            # g = d(-w_R R)/dx_N; the decoder's and the face network's graph is freed here
-            (grad,) = torch.autograd.grad(-options.reward_weight * job.share * score.sum(), x)
-            if options.reward_clip:
-                grad = grad * (options.reward_clip * job.share / grad.norm().clamp(min=1e-12)).clamp(max=1)
-            grads.append(grad)
-            row = dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]))
-            if job.judge is not None:
-                row["judge"] = job.judge(batch["row"][b], video.detach())
-            watched = clip_metrics(to_frames(video.detach()), info)
-            rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
+        grad, rows = reward_gradient(job, batch, noise, latents[-1])
 
     reference_context = CachedContext(context)
 
@@ -529,7 +539,7 @@ def ipro_step(job, batch, noise, hold=contextlib.nullcontext):
             return job.model(*inputs)
 
     with rest(job.wan.vae):
-        window_backward(tuned, latents, sigma, context, torch.cat(grads), penalty, y, hold, kept)
+        window_backward(tuned, latents, sigma, context, grad, penalty, y, hold, kept)
     return rows
 
 
@@ -589,29 +599,34 @@ class Judge:
 
 
 @torch.no_grad()
-def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision=""):
+def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision="", at_once=1):
     """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos.
 
-    judge: a second FaceReward, whose FaceSim is reported beside the first's as `judge`. The ranks share the work.
+    judge: a second FaceReward, whose FaceSim is reported beside the first's as `judge`. at_once: clips that are
+    sampled together. The ranks share the work.
     """
     schedule, results = sigmas(steps, wan.preset.shift), []
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     turns = [rows[(i + rank) % len(rows)] for i in range(0, len(rows), ranks)]  # as many for each: FSDP2 needs it
-    for row in tqdm(turns, desc="held-out clips", leave=False, disable=rank > 0):
-        batch = clips.batch([row])
-        (shown,) = batch["row"]
-        noise = noise_like((1, *clips.latent_shape(wan.preset, shown)), seed, row).to(batch["context"].device)
+    bar = tqdm(total=len(turns), desc="held-out clips", leave=False, disable=rank > 0)
+    for some in (turns[i : i + at_once] for i in range(0, len(turns), at_once)):
+        batch = clips.batch(some)
+        shape = clips.latent_shape(wan.preset, batch["row"][0])
+        noise = torch.stack([noise_like(shape, seed, row) for row in some]).to(batch["context"].device)
         with autocast(noise.device, precision), resting(wan.vae, wan.dit.offload):
             context = CachedContext(batch["context"])
             (latent,) = rollout(wan.dit, noise, batch.get("first"), context, schedule, y=batch.get("y"))
         with autocast(noise.device, precision), resting(wan.dit, wan.dit.offload):
-            video = wan.vae.decode(latent).float()
-        frames = to_frames(video)
-        image = to_tensor(clips.video(shown)[:1]).to(noise.device)
-        metrics = clip_metrics(frames, reward.look(video), reward.look(image))
-        if judge is not None:
-            metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
-        results.append((row, metrics, frames))
+            videos = wan.vae.decode(latent).float()
+        for row, shown, video in zip(some, batch["row"], videos.split(1)):
+            frames = to_frames(video)
+            image = to_tensor(clips.video(shown)[:1]).to(noise.device)
+            metrics = clip_metrics(frames, reward.look(video), reward.look(image))
+            if judge is not None:
+                metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
+            results.append((row, metrics, frames))
+            bar.update()
+    bar.close()
     found = {row: (metrics, video) for row, metrics, video in gathered(results)}
     return [found[row][0] for row in rows], [found[row][1] for row in rows]
 
@@ -804,7 +819,8 @@ def main():
         unseen = Clips(options.data, "heldout", device)
         chosen = unseen.spread(options.eval_clips)
         watch = functools.partial(held_out, job.wan, job.reward, unseen, chosen, options.sampling_steps,
-                                  judge=job.judge and job.judge.reward, precision=options.precision)  # fmt: skip
+                                  judge=job.judge and job.judge.reward, precision=options.precision,
+                                  at_once=options.micro_batch)  # fmt: skip
         before, videos_before = watch()
         inputs = [np.repeat(unseen.video(r)[:1], len(v), 0) for r, v in zip(chosen, videos_before)]
         say(table([("before", summary(before))]))

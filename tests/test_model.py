@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +13,7 @@ from model import (
     CONFIGS,
     UMT5,
     DiTConfig,
+    LoRALinear,
     UMT5Config,
     UserError,
     VAEConfig,
@@ -376,6 +378,25 @@ def test_lora_starts_at_the_reference_is_switched_off_saved_and_merged(tmp_path)
     save_lora(dit, tmp_path / "lora.safetensors")
     assert merge_lora(plain, tmp_path / "lora.safetensors") == (20, [])
     assert (plain(x, t, context) - tuned).abs().max() < 1e-6  # the file is fp32
+
+
+def test_without_a_graph_a_lora_is_added_to_the_weights_but_not_to_rounded_ones():
+    torch.manual_seed(0)
+    layer, x = LoRALinear(nn.Linear(32, 24).double(), 4, alpha=8).double(), torch.randn(5, 32).double()
+    nn.init.normal_(layer.lora_B)
+    tuned = layer(x)
+    assert (tuned - nn.functional.linear(x, layer.weight, layer.bias)).abs().max() > 0.1
+    with torch.no_grad():
+        assert (layer(x) - tuned).abs().max() < 1e-12
+    layer.lora_A.data, layer.lora_B.data = layer.lora_A.float(), 1e-4 * layer.lora_B.float()  # lost in bf16 weights
+    layer.weight.data, layer.bias.data = layer.weight.bfloat16(), layer.bias.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().requires_grad_()))
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        tuned = layer(x.float())
+        with torch.no_grad():
+            assert torch.equal(layer(x.float()), tuned)
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path):

@@ -88,7 +88,7 @@ def test_the_kl_and_its_gradient_are_zero_at_the_reference(scene):
 def test_a_sample_without_a_face_trains_on_kl_alone(scene, monkeypatch):
     job, batch, noise, parameters = scene
     reset(parameters, 0.02)  # away from the reference, so that the KL has a gradient
-    monkeypatch.setattr(job.wan.vae, "decode", lambda z, *_, **__: 0 * z.sum() + torch.zeros(1, 3, 17, 128, 128))
+    monkeypatch.setattr(job.wan.vae, "decode", lambda z, *_, **__: 0 * z.sum() + torch.zeros(len(z), 3, 17, 128, 128))
     rows = train.ipro_step(job, batch, noise)
     line = train.averaged(rows)
     assert line["missing"] == 2 and line["reward"] is None and line["face_rate"] == 0
@@ -108,6 +108,18 @@ def test_micro_batches_accumulate_the_whole_batch_s_gradient(scene):
     largest = max(float(g.abs().max()) for g in whole)
     for p, g in zip(parameters, whole):  # fp32: other sizes of products move the landmarks a little
         assert (p.grad - g).abs().max() <= 5e-4 * largest
+
+
+def test_the_reward_clip_holds_for_each_clip_by_itself(scene):
+    job, batch, noise, _ = scene
+    (latent,) = rollout(job.wan.dit, noise, batch["first"], batch["context"], job.sigma)
+    free, _ = train.reward_gradient(job, batch, noise, latent)
+    norms = free.flatten(1).norm(dim=1)
+    limit = float(norms.mean())  # between the two clips' norms
+    assert norms.min() < limit < norms.max()
+    clipping = dataclasses.replace(job, options=dataclasses.replace(job.options, reward_clip=limit / job.share))
+    clipped, _ = train.reward_gradient(clipping, batch, noise, latent)
+    assert torch.allclose(clipped, free * (limit / norms).clamp(max=1).view(-1, 1, 1, 1, 1), rtol=1e-5)
 
 
 def test_the_memory_switches_leave_the_gradient_and_the_face_window_nearly_does(scene):
@@ -300,14 +312,15 @@ def gradient(folder, lora_rank, ranks=0, kept=0):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    """The gradient that one process finds, by lora_rank."""
-    return functools.cache(lambda lora_rank: gradient(tmp_path_factory.mktemp("one_rank"), lora_rank))
+    """The gradient that one process finds, by lora_rank and kept."""
+    return functools.cache(lambda rank, kept: gradient(tmp_path_factory.mktemp("one_rank"), rank, kept=kept))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank, kept", [(4, 0), (0, 0), (4, 1), (0, 2)])  # under DDP; all weights, under FSDP2
 def test_two_ranks_have_the_gradient_of_one(tmp_path, one_rank, lora_rank, kept):
-    one, two = dict(one_rank(lora_rank)), gradient(tmp_path, lora_rank, 2, kept)
+    same = kept if lora_rank else 0  # a kept step is computed with the LoRA apart, others with it added to the weights
+    one, two = dict(one_rank(lora_rank, same)), gradient(tmp_path, lora_rank, 2, kept)
     assert torch.allclose(one.pop("log"), two.pop("log"), rtol=1e-5, atol=1e-7)
     largest = max(float(g.abs().max()) for g in one.values())
     assert one.keys() == two.keys() and largest > 0
