@@ -106,7 +106,7 @@ class TrainOptions:
     recipe: str = option("paper", "where the defaults marked * are from: paper or roll; tiny has some of its own")
     steps: int = option(100, "*optimisation steps")
     batch: int = option(64, "*clips a step, of all ranks together")
-    micro_batch: int = option(1, "*clips that a rank has in work at a time")
+    micro_batch: int = option(1, "*clips that a rank has in work at a time, in the decoder too")
     lr: float = option(2e-5, "*learning rate")
     optimizer: str = option("adam", "adam, or muon: Muon for the blocks' matrices and Adam for the rest, from scratch")
     warmup: int = option(5, "*steps over which the learning rate rises to lr")
@@ -478,7 +478,7 @@ def reward_gradient(job, batch, noise, latent):
 
     The pixels, and the graphs of the decoder and the face network, live in here only.
     """
-    options, rows, scores = job.options, [], []
+    options, scored = job.options, []
     pool, pool_mask = batch["pool"], batch["pool_mask"]
     if options.people == "largest" and pool.dim() == 4:
         pool, pool_mask = pool[:, 0], pool_mask[:, 0]
@@ -489,17 +489,19 @@ def reward_gradient(job, batch, noise, latent):
         ).float()
     for b, video in enumerate(videos.split(1)):
         looked = scored_frames(noise[b], video.shape[2], options.score_frames)
-        score, info = job.reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked)
-        scores.append(score)
-        row = dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]))
-        if job.judge is not None:
-            row["judge"] = job.judge(batch["row"][b], video.detach())
-        watched = clip_metrics(to_frames(video.detach()), info)
-        rows.append(row | dict(face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))
-    (grad,) = torch.autograd.grad(-options.reward_weight * job.share * torch.cat(scores).sum(), x)
+        scored.append(job.reward.score(video, pool[b : b + 1], pool_mask[b : b + 1], options.fsm, looked))
+    total = torch.cat([score for score, _ in scored]).sum()
+    (grad,) = torch.autograd.grad(-options.reward_weight * job.share * total, x)
     if options.reward_clip:
         norm = grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1).clamp(min=1e-12)
         grad = grad * (options.reward_clip * job.share / norm).clamp(max=1)
+    rows = []
+    for row, video, (score, info) in zip(batch["row"], videos.detach().split(1), scored):
+        watched = clip_metrics(to_frames(video), info)
+        rows.append(dict(reward=None if info["missing"] else float(score.detach()), missing=int(info["missing"]),
+                         face_rate=float(info["face_rate"]), motion=watched["motion"], tf=watched["tf"]))  # fmt: skip
+        if job.judge is not None:
+            rows[-1]["judge"] = job.judge(row, video)
     return grad, rows
 
 

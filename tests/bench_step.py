@@ -246,12 +246,16 @@ def measure(repeats, kind, *arguments):
 
 def share(variant, size, window):
     """A step's FLOPs, and the FLOPs a CPU second of this machine's matmul."""
+    from unittest.mock import patch
+
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    import model
+
     once, n = step(variant, size, window), 2048
-    with FlopCounterMode(display=False) as counter:
-        once()
+    with patch.object(model, "without_onednn", lambda x: False), FlopCounterMode(display=False) as counter:
+        once()  # (the counter does not know oneDNN's own convolution)
     a = torch.randn(n, n)
     a @ a
     return dict(flops=counter.get_total_flops(), matmul=2 * n**3 / min(timed(lambda: a @ a) for _ in range(5)))
@@ -271,6 +275,7 @@ def planned(variant, size, window):
         patch.object(train, "to_frames", lambda video: None),
         patch.object(train, "clip_metrics", lambda *_: dict(motion=None, tf=None)),
         patch.object(model, "latent_window", plan.window_of_face),
+        patch.object(model, "without_onednn", lambda x: False),  # oneDNN's own convolution takes no fake tensors
         FakeTensorMode(allow_non_fake_inputs=True),
         plan.Meter() as meter,
     ):
