@@ -122,6 +122,17 @@ def test_the_reward_clip_holds_for_each_clip_by_itself(scene):
     assert torch.allclose(clipped, free * (limit / norms).clamp(max=1).view(-1, 1, 1, 1, 1), rtol=1e-5)
 
 
+def test_held_out_clips_are_the_same_alone_and_together(scene):
+    job, rows = scene[0], [4, 0, 7]
+    sample = functools.partial(train.held_out, job.wan, job.reward, Clips(ASSETS / "data", "heldout"), rows, 1,
+                               precision="fp32")  # fmt: skip
+    (alone, videos), (together, again) = sample(), sample(at_once=2)
+    for one, other in zip(alone, together, strict=True):
+        assert one == pytest.approx(other, abs=1e-3) and one["face_rate"] > 0
+    for one, other in zip(videos, again, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
 def test_the_memory_switches_leave_the_gradient_and_the_face_window_nearly_does(scene):
     job, batch, noise, parameters = scene
     grads = []
@@ -312,18 +323,7 @@ def gradient(folder, lora_rank, ranks=0, kept=0):
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     """The gradient that one process finds, by lora_rank and kept."""
-    return functools.cache(lambda rank, kept: gradient(tmp_path_factory.mktemp("one_rank"), rank, kept=kept))
-
-
-def test_held_out_clips_are_the_same_alone_and_together(scene):
-    job, rows = scene[0], [4, 0, 7]
-    sample = functools.partial(train.held_out, job.wan, job.reward, Clips(ASSETS / "data", "heldout"), rows, 1,
-                               precision="fp32")  # fmt: skip
-    (alone, videos), (together, again) = sample(), sample(at_once=2)
-    for one, other in zip(alone, together, strict=True):
-        assert one == pytest.approx(other, abs=1e-3) and one["face_rate"] > 0
-    for one, other in zip(videos, again, strict=True):
-        assert np.abs(one.astype(int) - other).max() <= 1
+    return functools.cache(lambda lora, kept: gradient(tmp_path_factory.mktemp("one_rank"), lora, kept=kept))
 
 
 @pytest.mark.slow
