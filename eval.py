@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from data import Clips
 from model import ASSETS, CONFIGS, Checkpoint, Experts, UserError, load_model, load_weights, merge_lora
-from reward import FaceReward, clip_metrics
+from reward import FaceReward
 from sample import option, parse_options, run, to_frames, to_tensor, write_video
-from train import held_out, side_by_side, summary, table
+from train import held_out, measured, side_by_side, summary, table
 
 
 @dataclass
@@ -46,19 +46,13 @@ def references(wan, reward, clips, rows, judge=None):
     """Metrics of the true clips and of the true clips through the VAE."""
     true, coded = [], []
 
-    def measure(frames, video, image):
-        metrics = clip_metrics(frames, reward.look(video), reward.look(image))
-        if judge is not None:
-            metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
-        return metrics
-
     for row in tqdm(rows, desc="VAE ceiling", leave=False):
         frames = clips.video(row)
         video = to_tensor(frames).to(clips.device)
         image = video[:, :, :1]
-        true.append(measure(frames, video, image))
+        true.append(measured(frames, video, image, reward, judge))
         video = wan.vae.decode(wan.vae.encode(video)).float()
-        coded.append(measure(to_frames(video), video, image))
+        coded.append(measured(to_frames(video), video, image, reward, judge))
     return true, coded
 
 
@@ -90,8 +84,8 @@ def main():
             else:
                 print(f"{options.lora}: merged into {merge_lora(tuned, options.lora).merged} layers")
         for seed in range(options.seeds):
-            measured, sampled = held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
-            results[name] += measured
+            metrics, sampled = held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
+            results[name] += metrics
             videos.setdefault(name, sampled)
     out.mkdir(parents=True, exist_ok=True)
     per_clip = {name: [dict(clip=clips.rows[rows[i % len(rows)]]["clip"], **r) for i, r in enumerate(values)]

@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's; some seven minutes on two cores without bf16, by how busy others keep them
+TINY = dict(  # over the recipe's; 7 to 8 minutes on two cores without bf16 that nothing else keeps busy
     moving=0.25, batch=3, micro_batch=3, steps=34, lr=2.4e-3, warmup=3, decay=0.9, kl_weight=0.32, eval_clips=60,
     watch_every=0,
 )  # fmt: skip
@@ -474,9 +474,10 @@ def scored_frames(noise, frames, count):
 
 
 def reward_gradient(job, batch, noise, latent):
-    """g = d(-w_R sum R)/dx_N at a micro-batch's final latents [B, C, F', h, w], and of each sample what to log.
+    """g = d(-w_R R)/dx_N at a micro-batch's final latents, both [B, C, F', h, w], and of each sample what to log.
 
-    The pixels, and the graphs of the decoder and the face network, live in here only.
+    g carries a sample's share of the rank's loss; batch and noise are `ipro_step`'s. The pixels, and the graphs of the
+    decoder and the face network, live in here only.
     """
     options, scored = job.options, []
     pool, pool_mask = batch["pool"], batch["pool_mask"]
@@ -600,6 +601,14 @@ class Judge:
         return None if info["missing"] else float(score)
 
 
+def measured(frames, video, image, reward, judge=None):
+    """`clip_metrics` of a clip, given as uint8 frames and as video, by `reward`; by `judge` its FaceSim, as `judge`."""
+    metrics = clip_metrics(frames, reward.look(video), reward.look(image))
+    if judge is not None:
+        metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
+    return metrics
+
+
 @torch.no_grad()
 def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision="", at_once=1):
     """Sample held-out clips with noise that depends on clip and seed only; metrics of each, and the videos.
@@ -611,7 +620,8 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision="", 
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     turns = [rows[(i + rank) % len(rows)] for i in range(0, len(rows), ranks)]  # as many for each: FSDP2 needs it
     bar = tqdm(total=len(turns), desc="held-out clips", leave=False, disable=rank > 0)
-    for some in (turns[i : i + at_once] for i in range(0, len(turns), at_once)):
+    for start in range(0, len(turns), at_once):
+        some = turns[start : start + at_once]
         batch = clips.batch(some)
         shape = clips.latent_shape(wan.preset, batch["row"][0])
         noise = torch.stack([noise_like(shape, seed, row) for row in some]).to(batch["context"].device)
@@ -623,10 +633,7 @@ def held_out(wan, reward, clips, rows, steps, seed=0, judge=None, precision="", 
         for row, shown, video in zip(some, batch["row"], videos.split(1)):
             frames = to_frames(video)
             image = to_tensor(clips.video(shown)[:1]).to(noise.device)
-            metrics = clip_metrics(frames, reward.look(video), reward.look(image))
-            if judge is not None:
-                metrics["judge"] = clip_metrics(frames, judge.look(video), judge.look(image))["facesim"]
-            results.append((row, metrics, frames))
+            results.append((row, measured(frames, video, image, reward, judge), frames))
             bar.update()
     bar.close()
     found = {row: (metrics, video) for row, metrics, video in gathered(results)}
