@@ -66,7 +66,7 @@ def test_a_few_steps_raise_the_reward_on_their_own_noise(scene):
     reset(parameters)
     optimizer = torch.optim.Adam(parameters, lr=OPTIONS.lr)
     rewards = []
-    for _ in range(6):
+    for _ in range(4):
         rewards.append(np.mean([row["reward"] for row in train.ipro_step(job, batch, noise)]))
         optimizer.step()
         optimizer.zero_grad()
@@ -285,57 +285,59 @@ def assert_equal(a, b, tolerance=0.0):
 
 
 GRADIENT = """
-import sys, torch, train
+import sys, dataclasses, torch, train
 from data import Clips
 from model import ASSETS
 from reward import FaceReward
 from safetensors.torch import save_file
 rank, ranks, device = train.start_ranks()
 torch.manual_seed(0)
-lora_rank = int(sys.argv[1])
-options = train.TrainOptions(batch=4, micro_batch=1, window=2, sampling_steps=3, lora_rank=lora_rank, precision="fp32",
-                             kept_graphs=int(sys.argv[3]))
+lora_rank, *graphs = map(int, sys.argv[1:])
+options = train.TrainOptions(batch=4, micro_batch=1, window=2, sampling_steps=3, lora_rank=lora_rank, precision="fp32")
 job = train.prepare(options, ranks, device)
 job.reward = FaceReward.from_folder(ASSETS)
 with torch.no_grad():
     for name, p in job.tuned.named_parameters():
         if "lora_B" in name:
             p.fill_(0.01)
-line = train.take_step(job, Clips(ASSETS / "data", "train"), 0, train.samples_of(options, rank, ranks), [])
+clips, found = Clips(ASSETS / "data", "train"), {}
 whole = lambda g: (g.full_tensor() if hasattr(g, "full_tensor") else g).contiguous()
-grads = {n: whole(p.grad) for n, p in job.tuned.named_parameters() if p.requires_grad}
+for kept in graphs:
+    job.options = dataclasses.replace(options, kept_graphs=kept)
+    line = train.take_step(job, clips, 0, train.samples_of(options, rank, ranks), [])
+    grads = {n: whole(p.grad) for n, p in job.tuned.named_parameters() if p.requires_grad}
+    grads["log"] = torch.tensor([line["reward"], line["kl"], line["grad_norm"]])
+    found |= {f"{kept} {n}": g.clone() for n, g in grads.items()}
+    job.model.zero_grad()
 if rank == 0:
-    save_file(grads | {"log": torch.tensor([line["reward"], line["kl"], line["grad_norm"]])}, sys.argv[2])
+    save_file(found, "gradient.safetensors")
 train.leave_ranks()
 """
 
 
-def gradient(folder, lora_rank, ranks=0, kept=0):
-    """The gradient of a step that so many ranks make."""
+def gradients(folder, lora_rank, graphs, ranks=0):
+    """The gradient and the log of a step that so many ranks make, by how many graphs they keep."""
     (folder / "gradient.py").write_text(GRADIENT)
     environment = os.environ | dict(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")  # as torchrun sets it
-    command = [*launch(ranks), "gradient.py", str(lora_rank), "gradient.safetensors", str(kept)]
+    command = [*launch(ranks), "gradient.py", str(lora_rank), *map(str, graphs)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return load_file(folder / "gradient.safetensors")
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory):
-    """The gradient that one process finds, by lora_rank and kept."""
-    return functools.cache(lambda lora, kept: gradient(tmp_path_factory.mktemp("one_rank"), lora, kept=kept))
+    found = load_file(folder / "gradient.safetensors")
+    return [{n.split(" ")[1]: g for n, g in found.items() if n.startswith(f"{kept} ")} for kept in graphs]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank, kept", [(4, 0), (0, 0), (4, 1), (0, 2)])  # under DDP; all weights, under FSDP2
-def test_two_ranks_have_the_gradient_of_one(tmp_path, one_rank, lora_rank, kept):
-    same = kept if lora_rank else 0  # a kept step is computed with the LoRA apart, others with it added to the weights
-    one, two = dict(one_rank(lora_rank, same)), gradient(tmp_path, lora_rank, 2, kept)
-    assert torch.allclose(one.pop("log"), two.pop("log"), rtol=1e-5, atol=1e-7)
-    largest = max(float(g.abs().max()) for g in one.values())
-    assert one.keys() == two.keys() and largest > 0
-    for name in one:  # fp32: sums in another order
-        assert (one[name] - two[name]).abs().max() <= 1e-5 * largest, name
+@pytest.mark.parametrize("lora_rank, graphs", [(4, (0, 1)), (0, (0, 2))])  # under DDP; all weights, under FSDP2
+def test_two_ranks_have_the_gradient_of_one(tmp_path, lora_rank, graphs):
+    # of a kept step the LoRA is computed apart, of another one it is added to the weights: like is compared with like
+    ones = gradients(tmp_path, lora_rank, graphs) if lora_rank else gradients(tmp_path, lora_rank, graphs[:1]) * 2
+    for one, two in zip(ones, gradients(tmp_path, lora_rank, graphs, ranks=2), strict=True):
+        one, two = dict(one), dict(two)
+        assert torch.allclose(one.pop("log"), two.pop("log"), rtol=1e-5, atol=1e-7)
+        largest = max(float(g.abs().max()) for g in one.values())
+        assert one.keys() == two.keys() and largest > 0
+        for name in one:  # fp32: sums in another order
+            assert (one[name] - two[name]).abs().max() <= 1e-5 * largest, name
 
 
 @pytest.fixture(scope="module")
@@ -476,36 +478,44 @@ def test_a_run_that_cannot_step_stops_and_a_clip_that_cannot_be_read_is_replaced
 
 
 QUICK = "--steps 3 --batch 1 --micro_batch 1 --sampling_steps 2 --window 1 --eval_clips 2 --save_every 2".split()
-QUICK += ["--watch_every", "2"]
+QUICK += ["--watch_every", "2", "--judge", ASSETS]  # the judge: the reward's own networks
+
+
+def lines(out):
+    """A run's log but for its times."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a quick run."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run("train.py", *QUICK, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "before" in done.stdout and "after" in done.stdout
+    return folder / "out"
 
 
 @pytest.mark.slow
-def test_train_sample_and_eval_run_and_the_same_seed_gives_the_same_log(tmp_path):
-    logs = []
-    for name in ("a", "b"):
-        done = run("train.py", *QUICK, "--judge", ASSETS, "--out", name, cwd=tmp_path)  # the reward's own networks
-        assert done.returncode == 0, done.stderr
-        assert "before" in done.stdout and "after" in done.stdout
-        assert (tmp_path / name / "watch/step-000002.mp4").stat().st_size > 1000
-        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if "held_out" not in row]
-        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
-    assert len(logs[0]) == 3 and logs[0] == logs[1]
-    assert {"reward", "face_rate", "kl", "motion", "grad_norm", "missing"} <= set(logs[0][0])
-    assert all(abs(row["judge"] - row["reward"]) < 0.01 for row in logs[0])  # its pools are of the clips, not cached
-    frames, _ = read_video(tmp_path / "a/before_after.mp4")
+def test_train_sample_and_eval_run(tmp_path, trained):
+    assert (trained / "watch/step-000002.mp4").stat().st_size > 1000
+    rows = [row for row in lines(trained) if "held_out" not in row]
+    assert len(rows) == 3
+    assert {"reward", "face_rate", "kl", "motion", "grad_norm", "missing"} <= set(rows[0])
+    assert all(abs(row["judge"] - row["reward"]) < 0.01 for row in rows)  # its pools are of the clips, not cached
+    frames, _ = read_video(trained / "before_after.mp4")
     assert frames.shape == (17, 2 * 128, 3 * 128, 3)
-    assert Image.open(tmp_path / "a/curves.png").size[0] > 500
-    assert any(v.any() for k, v in load_file(tmp_path / "a/lora.safetensors").items() if "lora_B" in k)
+    assert Image.open(trained / "curves.png").size[0] > 500
+    assert any(v.any() for k, v in weights(trained).items() if "lora_B" in k)
 
-    shutil.move(tmp_path / "a", tmp_path / "out")
+    shutil.copytree(trained, tmp_path / "out")
     done = run("eval.py", "--clips", 2, "--sampling_steps", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for row in ("VAE", "base", "LoRA"):
         assert row in done.stdout
-    assert (tmp_path / "eval/eval.mp4").exists() and len(
-        json.loads((tmp_path / "eval/eval.json").read_text())["base"]
-    ) == 2
+    assert (tmp_path / "eval/eval.mp4").exists()
+    assert len(json.loads((tmp_path / "eval/eval.json").read_text())["base"]) == 2
 
     whole = ("--lora", ASSETS / "dit.safetensors", "--out", "same", "--clips", 1, "--sampling_steps", 1)
     done = run("eval.py", *whole, "--judge", ASSETS, cwd=tmp_path)
@@ -523,18 +533,15 @@ def test_train_sample_and_eval_run_and_the_same_seed_gives_the_same_log(tmp_path
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path):
-    assert run("train.py", *QUICK, "--out", "whole", cwd=tmp_path).returncode == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+def test_the_same_seed_gives_the_same_run_and_a_resumed_one_ends_where_it_does(tmp_path, trained):
+    assert run("train.py", *QUICK, "--out", "again", cwd=tmp_path).returncode == 0
+    shutil.copytree(tmp_path / "again", tmp_path / "cut")
     (tmp_path / "cut/lora.safetensors").unlink()
     shutil.rmtree(tmp_path / "cut/checkpoints/step-000003")  # as if killed after the checkpoint of step 2
     done = run("train.py", "--out", "cut", "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "going on from step 2" in done.stdout, done.stderr
-    assert_equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-            for name in ("whole", "cut")]  # fmt: skip
-    assert [{k: v for k, v in row.items() if k != "seconds"} for row in logs[0]] == [
-        {k: v for k, v in row.items() if k != "seconds"} for row in logs[1]
-    ]
+    for name in ("again", "cut"):
+        assert_equal(weights(tmp_path / name), weights(trained))
+        assert lines(tmp_path / name) == lines(trained)
     done = run("train.py", "--lr", 1, "--out", "cut", "--resume", cwd=tmp_path)
     assert done.returncode == 2 and "--lr" in done.stderr
