@@ -77,7 +77,7 @@ RECIPES = {
         pool_first=False,
     ),
 }  # fmt: skip
-TINY = dict(  # over the recipe's; 7 to 8 minutes on two cores without bf16 that nothing else keeps busy
+TINY = dict(  # over the recipe's; some 8 minutes on two cores without bf16 that nothing else keeps busy
     moving=0.25, batch=3, micro_batch=3, steps=34, lr=2.4e-3, warmup=3, decay=0.9, kl_weight=0.32, eval_clips=60,
     watch_every=0,
 )  # fmt: skip
