@@ -1,23 +1,17 @@
-"""The flow-matching sampler, its gradient window, and the program that makes a clip from a face and a prompt.
+"""The flow-matching sampler, and the gradient through its last steps; a picture and a prompt to a clip.
 
     python sample.py --image face.png --prompt "a woman turns left and smiles" --out clip.mp4
 
-A clip is an ODE's solution from noise (sigma 1) to data (sigma 0): dx/dsigma = v(x, 1000 sigma). Latent frame 0
-holds the given image: its timestep is 0 and it is written back after every step, the last one included.
-The gradient window (arXiv 2510.14255, after DRaFT) sends a gradient at the final latent back through the last K
-steps, one step's graph at a time: memory of one step whatever K is, and exactly the truncated chain's gradient. Where
-there is memory to spare, the rollout can keep its last steps' graphs, whose forward pass is then not made twice.
+A clip solves dx/dsigma = v(x, t) from noise (sigma = 1) to data (sigma = 0), with t = 1000 sigma. What is unusual:
+latent frame 0 holds the given picture: its timestep is 0, and it is written back after every step, the last one
+included. The gradient at the final latent goes back through the last K of N steps only (IPRO, arXiv 2510.14255,
+section 3; DRaFT's truncation, arXiv 2309.17400), one step's graph at a time: exactly the truncated chain's gradient,
+with the memory of one step whatever K is.
 """
 
-import argparse
-import contextlib
-import dataclasses
 import functools
 import itertools
 import math
-import os
-import sys
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,27 +22,88 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model import CONFIGS, CachedContext, UserError, find_preset, load_model
+from cli import UserError, option, parse_options, run
+from model import CONFIGS
+from weights import find_preset, load_model
 
 
 def sigmas(steps, shift, start=1.0):
-    """Noise levels from `start` to 0, [steps + 1], moved towards noise by `shift` (Wan: 5; 1 = evenly spaced)."""
+    """The noise levels sigma_0 .. sigma_N from `start` to 0, fp64 [steps + 1].
+
+    shift moves them towards noise: sigma = shift s / (1 + (shift - 1) s) of evenly spaced s. Wan's is 5.
+    """
     s = torch.linspace(start, 0, steps + 1, dtype=torch.float64)
     return shift * s / (1 + (shift - 1) * s)
 
 
 def pin(x, first):
-    """The latent x [B, C, F', h, w] with frame 0 replaced by the image's latent `first` [B, C, 1, h, w] (None: x)."""
+    """The latent x [B, C, F', h, w] with frame 0 replaced by the picture's latent `first` [B, C, 1, h, w]; None: x."""
     return x if first is None else torch.cat([first.type_as(x), x[:, :, 1:]], 2)
 
 
 def velocity(dit, x, sigma, context, y=None):
-    """v(x, 1000 sigma). Without y, frame 0 of x is the clean image, so its timestep is 0; A14B has y instead."""
-    t = x.new_full((x.shape[0], x.shape[2]), 1000 * float(sigma))
+    """v(x, 1000 sigma), of the shape of x [B, C, F', h, w].
+
+    Without y, frame 0 of x is the clean picture, so its timestep is 0. A14B is given the picture as y instead.
+    """
+    t = x.new_full((x.shape[0], x.shape[2]), 1000 * float(sigma))  # [B, F']
     if y is not None:
         return dit(x, t, context, y)
     t[:, 0] = 0
     return dit(x, t, context)
+
+
+@torch.no_grad()
+def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
+    """Sample from noise by Euler steps, without gradient: x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, 1000 sigma_i).
+
+    noise [B, C, F', h, w]; first [B, C, 1, h, w], or None with y [B, C_y, F', h, w]; context [B or 1, L, text_dim];
+    sigma [N+1]. Returns the latents x_{N-K} .. x_N, a list of K + 1, with K = `window`. Raises ValueError where the
+    window is longer than the schedule.
+    """
+    steps = len(sigma) - 1
+    if not 0 <= window <= steps:
+        raise ValueError(f"window is {window} steps, the sampler takes {steps}")
+    x = pin(noise, first)
+    latents = [x] if window == steps else []
+    for i in progress(range(steps)):
+        x = x + float(sigma[i + 1] - sigma[i]) * velocity(dit, x, sigma[i], context, y)
+        x = pin(x, first)
+        if i + 1 >= steps - window:
+            latents.append(x)
+    return latents
+
+
+def window_backward(dit, latents, sigma, context, grad, y=None):
+    """Send the gradient at x_N, grad [B, C, F', h, w], back through the last K steps; one step's graph is alive.
+
+    latents: `rollout`'s x_{N-K} .. x_N; sigma, context and y as there. A generator: for i = N-1 .. N-K it yields
+    (i, x_i, v_i, loss_i) with
+
+        loss_i = <g_{i+1}, x_i + (sigma_{i+1} - sigma_i) v_i>,    g_N = grad,    g_i = d loss_i / dx_i.
+
+    The caller adds to loss_i what step i is charged for besides (the velocity KL) and calls backward() on it: that
+    accumulates the step's part in the parameters and leaves g_i in x_i.grad. A given frame passes nothing back, since
+    the next latent does not depend on it.
+    """
+    last = len(sigma) - 1
+    for i in range(last - 1, last - len(latents), -1):
+        grad = pin(grad, None if y is not None else torch.zeros_like(grad[:, :, :1]))
+        x = latents[i - last - 1].detach().requires_grad_()
+        v = velocity(dit, x, sigma[i], context, y)
+        yield i, x, v, (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
+        grad = x.grad
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Noise, guidance and UniPC: what sampling takes beyond the method
+
+
+def noise_like(shape, *seed):
+    """Standard normal noise of a shape that depends on the integers `seed` only, not on device or batch."""
+    entropy = np.random.SeedSequence((len(seed), *seed))  # their number first, since numpy takes (1, 0) for (1)
+    generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    return torch.randn(shape, generator=generator)
 
 
 def guided(dit, null, scale):
@@ -59,37 +114,6 @@ def guided(dit, null, scale):
         return v_null + scale * (dit(x, t, context, y) - v_null)
 
     return guided_dit
-
-
-@torch.no_grad()
-def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter, kept=()):
-    """Euler steps from noise to the clip's latent, without gradient.
-
-    noise [B, C, F', h, w]; first [B, C, 1, h, w] or None with y [B, C_y, F', h, w]; context as the DiT's, best a
-    CachedContext; sigma [N+1]. Returns the window's latents x_{N-K} .. x_N, a list of K + 1 with K = `window`.
-    kept: a dict of those steps i of the window whose graphs `window_backward` is to find: kept[i] becomes
-    (x_i, v(x_i)), a leaf and what was computed from it. Raises ValueError if the window exceeds the steps. (Not in
-    inference mode, 3 % at the tiny size and less at a larger: weights that FSDP2 gathers, or --offload moves, in here
-    could then not be used in training.)
-    """
-    steps = len(sigma) - 1
-    if not 0 <= window <= steps:
-        raise ValueError(f"window is {window} steps, the sampler takes {steps}")
-    raw = context.context if isinstance(context, CachedContext) else context
-    x = pin(noise, first)
-    latents = [x] if window == steps else []
-    for i in progress(range(steps)):
-        if i in kept:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                v = velocity(dit, leaf, sigma[i], raw, y)
-            kept[i], v = (leaf, v), v.detach()
-        else:
-            v = velocity(dit, x, sigma[i], context, y)
-        x = pin(x + float(sigma[i + 1] - sigma[i]) * v, first)
-        if i + 1 >= steps - window:
-            latents.append(x)
-    return latents
 
 
 @torch.no_grad()
@@ -133,40 +157,8 @@ def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
     return x
 
 
-def window_backward(dit, latents, sigma, context, grad, penalty=None, y=None, hold=contextlib.nullcontext, kept=()):
-    """Accumulate the gradient of <grad, x_N> + sum_i penalty_i in the DiT's parameters, through the window.
-
-    latents: `rollout`'s list x_{N-K} .. x_N; grad: the loss's gradient at x_N, [B, C, F', h, w]; y as in `rollout`.
-    penalty(v, x, i) gives a scalar of step i's velocity v at latent x (the velocity KL), or None. hold() is entered
-    for every step but the one that comes last here: DDP's no_sync, so that gradients are summed over ranks once.
-    kept: steps whose graphs `rollout` kept, which are used up; of the others one graph is alive at a time. Returns
-    the gradient at x_{N-K}. Step i's chain rule is
-        g_i = d/dx_i ( <g_{i+1}, x_i + (sigma_{i+1} - sigma_i) v(x_i)> + penalty_i ),
-    and a pinned frame passes nothing on, because the next latent does not depend on it.
-    """
-    last = len(sigma) - 1
-    pinned = None if y is not None else torch.zeros_like(grad[:, :, :1])
-    for i, x in zip(range(last - 1, last - len(latents), -1), latents[-2::-1]):
-        grad = pin(grad, pinned)
-        with hold() if i > last - len(latents) + 1 else contextlib.nullcontext():
-            if i in kept:
-                x, v = kept.pop(i)
-            else:
-                x = x.detach().requires_grad_()
-                v = velocity(dit, x, sigma[i], context, y)
-            loss = (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
-            if penalty is not None:
-                loss = loss + penalty(v, x.detach(), i)
-            loss.backward()
-        grad = x.grad
-    return pin(grad, pinned)
-
-
-def noise_like(shape, *seed):
-    """Standard normal noise [shape] that depends on the integers `seed` only, not on device or batch."""
-    entropy = np.random.SeedSequence((len(seed), *seed))  # their number first, since numpy takes (1, 0) for (1)
-    generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-    return torch.randn(shape, generator=generator)
+# ---------------------------------------------------------------------------------------------------------------
+# The picture that a clip starts from
 
 
 def latent_size(preset, frames, size):
@@ -291,70 +283,18 @@ def to_tensor(frames):
     return torch.from_numpy(np.array(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
+def to_bytes(video):
+    """A video [B, 3, F, H, W] in [-1, 1] to its 8-bit levels, uint8 of the same shape, on its device."""
+    return (video.clamp(-1, 1) * 127.5 + 127.5).round().byte()
+
+
 def to_frames(video):
-    """A video [1, 3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3]."""
-    return (video[0].clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    """A video [1, 3, F, H, W] in [-1, 1] to uint8 [F, H, W, 3], on the host."""
+    return to_bytes(video)[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Command lines: a program's options are the fields of one dataclass.
-
-
-def option(default, text):
-    """A dataclass field with its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
-def pixels(text):
-    """'HxW' to (height, width)."""
-    try:
-        height, width = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in pixels, as in 480x832") from None
-    return height, width
-
-
-def given_options(cls, argv=None, doc=None, positional=()):
-    """What the command line gives of the dataclass `cls`, as a dict; every field is an option with its type."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
-
-    def refuse(message):
-        raise UserError(f"{message} (see --help)")
-
-    parser.error = refuse
-    for f in dataclasses.fields(cls):
-        kind = f.type if not typing.get_args(f.type) else typing.get_args(f.type)[0]
-        text = f.metadata["help"] + ("" if f.default in (None, "") else f" (default: {f.default})")
-        if f.name in positional:
-            parser.add_argument(f.name, type=kind, help=text)
-        elif kind is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(f"--{f.name}", type=pixels if f.name == "size" else kind, help=text)
-    return vars(parser.parse_args(argv))
-
-
-def parse_options(cls, argv=None, doc=None, positional=()):
-    """The dataclass `cls` with what the command line gives, and its defaults."""
-    return cls(**given_options(cls, argv, doc, positional))
-
-
-def run(main):
-    """Run a program; a user's mistake is one line on the terminal and exit status 2, Ctrl-C one line and 130."""
-    program = Path(sys.argv[0]).name
-    try:
-        sys.exit(main())
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes here make the same mistake
-            print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
+# The program
 
 # What the reference puts here (sample_neg_prompt of wan/configs/shared_config.py); the released weights expect it.
 NEGATIVE = (
@@ -372,15 +312,17 @@ class SampleOptions:
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
     lora: str = option("", "LoRAs to merge, comma-separated; for wan14b as low=FILE (the default) or high=FILE")
-    steps: int | None = option(None, "sampling steps; default: the preset's")
-    shift: float | None = option(None, "of the noise schedule; default: the preset's")
-    solver: str = option("", "euler (as in training) or unipc; default: unipc, and euler for tiny")
-    cfg: float | None = option(None, "classifier-free guidance, 1 = off (distilled weights); default: the preset's")
+    steps: int | None = option(None, "sampling steps; default: the preset's", least=1, most=1000)
+    shift: float = option(0.0, "of the noise schedule; 0 = the preset's", least=0)
+    solver: str = option("", "euler as in training; default: unipc, and euler for tiny", choices=("", "euler", "unipc"))
+    cfg: float | None = option(None, "classifier-free guidance, 1 = off (distilled weights); default: the preset's",
+                               least=0)  # fmt: skip
     negative: str | None = option(None, "negative prompt, where cfg is on; default: the reference's, none for tiny")
     frames: int | None = option(None, "frames of the clip, 4n+1; default: the preset's")
     size: tuple[int, int] | None = option(None, "HxW in pixels; default: the picture's shape at the preset's area")
-    precision: str = option("", "of transformer and text encoder: bf16 or fp32; default: bf16, and fp32 for tiny")
-    seed: int = option(0, "of the noise")
+    precision: str = option("", "of transformer and text encoder; default: bf16, and fp32 for tiny",
+                            choices=("", "bf16", "fp32"))  # fmt: skip
+    seed: int = option(0, "of the noise", least=0)
 
 
 def parse_loras(text, experts):
@@ -396,25 +338,12 @@ def parse_loras(text, experts):
     return pairs
 
 
-def check(options):
-    """Refuse what cannot work before anything is loaded."""
+def main():
+    options = parse_options(SampleOptions, doc=__doc__)
     if not options.image:
         raise UserError("--image FILE is needed: the picture that the clip starts from")
     if Path(options.out).suffix != ".mp4" or not Path(options.out).absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: must be an .mp4 file in a folder that exists")
-    find_preset(options.model, options.ckpt)
-    for name, allowed in dict(solver=("", "euler", "unipc"), precision=("", "bf16", "fp32")).items():
-        if getattr(options, name) not in allowed:
-            raise UserError(f"--{name} {getattr(options, name)}: choose from {', '.join(allowed[1:])}")
-    if options.steps is not None and options.steps < 1:
-        raise UserError(f"--steps {options.steps}: at least 1")
-    if options.shift is not None and options.shift <= 0:
-        raise UserError(f"--shift {options.shift}: must be above 0")
-
-
-def main():
-    options = parse_options(SampleOptions, doc=__doc__)
-    check(options)
     preset = find_preset(options.model, options.ckpt, options.shift)
     frames = preset.frames if options.frames is None else options.frames
     steps = options.steps or preset.steps
@@ -429,15 +358,14 @@ def main():
     cfg = preset.cfg if options.cfg is None else options.cfg
     negative = options.negative if options.negative is not None else "" if tiny else NEGATIVE
     contexts = wan.encode_text([options.prompt, negative] if cfg != 1 else [options.prompt])
-    context, null = CachedContext(contexts[:1]), CachedContext(contexts[1:])
     first, y = condition(wan, fit(picture, size), frames)
     noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
-    dit = wan.dit if cfg == 1 else guided(wan.dit, null, cfg)
+    dit = wan.dit if cfg == 1 else guided(wan.dit, contexts[1:], cfg)
     bar = functools.partial(tqdm, desc="sampling")
     if (options.solver or ("euler" if tiny else "unipc")) == "unipc":
-        latent = unipc(dit, noise, first, context, steps, preset.shift, y, bar)
+        latent = unipc(dit, noise, first, contexts[:1], steps, preset.shift, y, bar)
     else:
-        latent = rollout(dit, noise, first, context, sigmas(steps, preset.shift), y=y, progress=bar)[0]
+        latent = rollout(dit, noise, first, contexts[:1], sigmas(steps, preset.shift), y=y, progress=bar)[0]
     del dit  # its memory is free before the decoder is read
     write_video(options.out, decode(wan.vae, latent), preset.fps)
     print(f"{options.out}: {frames} frames of {size[1]}x{size[0]} at {preset.fps} fps")
