@@ -1,4 +1,4 @@
-"""The terminal's side of every program here: options and mistakes.
+"""The terminal's side of every program here: options, mistakes, and the processes that torchrun starts.
 
 A program's options are the fields of one dataclass. A field says its type, default, unit, bounds and choices in one
 place, `option`, from which --help, the parser and the checks follow. What a person can mend is a `UserError`: one
@@ -10,9 +10,13 @@ import dataclasses
 import math
 import os
 import sys
+import time
 import types
 import typing
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 
 class UserError(Exception):
@@ -108,3 +112,43 @@ def run(main):
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ranks: one process, or those that torchrun starts
+
+
+def start_ranks():
+    """(rank, ranks, device) of this process; it joins the group of torchrun's processes if it is one of them."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_ranks():
+    """Leave the group, with a moment for gloo's threads to free the last collective's tensors.
+
+    They need the interpreter's lock for it; where it ends first, torch 2.13 aborts the process (one run in twenty).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.5)
+
+
+def rank_and_ranks():
+    """This process's number and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(rows):
+    """The lists of all ranks as one, in rank order, the same on every rank."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

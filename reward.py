@@ -1,15 +1,17 @@
-"""The face reward (IPRO, arXiv 2510.14255): detect -> align -> ArcFace -> facial scoring; the velocity KL.
+"""The face reward of IPRO (arXiv 2510.14255): the facial scoring mechanism, the velocity KL, and what they need.
 
-To read the method alone: `align`, `face_score`, `velocity_kl`, then `FaceReward`, which joins them. Detection is not
-differentiated: it says where the faces are. From the pixels under the landmarks on, all is: one `grid_sample` takes
-every face from its full frame straight to ArcFace's 112x112 crop, a frozen IResNet embeds the crops, and the facial
-scoring mechanism (FSM) compares each generated face with all faces of the true clip.
+`face_score` and `velocity_kl` are the method; `FaceReward` gathers the faces that they compare: detect, align, embed.
+Detection is not differentiated, it says where the faces are. From the pixels under the landmarks on, all is: one
+`grid_sample` takes every face from its full frame straight to ArcFace's 112x112 crop, and a frozen IResNet embeds it.
 
-All of it is fp32, RGB and [-1, 1]; points are (x, y) pixels, and an integer coordinate is a pixel's centre.
-Sources of behaviour: InsightFace's SCRFD and face_align (python-package), arcface_torch's iresnet.
+What is unusual: the score compares each generated face with ALL faces of the true clip, not with the input picture, so
+that a turned head is compared with turned heads too. Left out: the weights omega' of the paper's KL are not published;
+here they are those of its official code (ROLL, reward_fl).
+
+All of it is fp32, RGB and [-1, 1]; points are (x, y) pixels, and an integer coordinate is a pixel's centre. Sources of
+behaviour: InsightFace's SCRFD and face_align (python-package), arcface_torch's iresnet.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,77 @@ import scipy  # scipy.optimize is loaded where it is first used: 0.6 s that most
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from model import UserError, open_pickle, open_safetensors
+from cli import UserError
+from model import FrozenConv
+from weights import iresnet_from_onnx, open_pickle, open_safetensors
+
+# ------------------------------------------------------------------------------------------------------------
+# The method
+
+
+def face_score(embeddings, mask, pool, pool_mask, fsm="pool"):
+    """The facial scoring mechanism: how much P people's generated faces are their true ones, R [P] in [-1, 1].
+
+    embeddings [P, F', D] of generated frames, mask [P, F'] true where a frame shows the face; pool [P, F, D] and
+    pool_mask [P, F], the true clip's. With phi the face encoder, over the frames that show a face,
+
+        s_i = mean_j cos(phi(x^_i), phi(x_j)),        R = mean_i s_i        (the paper's FSM)
+
+    fsm: "pool" compares with all true frames; "first" with the first of them that shows the face; "aligned" with the
+    true frame of the same time. Who has nothing to compare scores 0, with gradient 0. Raises ValueError for another
+    fsm, and for "aligned" where F' is not F.
+    """
+    compared = compared_pairs(mask, pool_mask, fsm)  # [P, F', F]
+    # zeroed first: what stands in a faceless frame reaches neither the score nor its gradient
+    x = F.normalize(embeddings.masked_fill(~mask[..., None], 0), dim=-1)
+    y = F.normalize(pool.masked_fill(~pool_mask[..., None], 0), dim=-1)
+    cosine = x @ y.mT  # [P, F', F]
+    s = (cosine * compared).sum(-1) / compared.sum(-1).clamp(min=1)  # [P, F']
+    scored = compared.any(-1)
+    return (s * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+
+
+def compared_pairs(mask, pool_mask, fsm="pool"):
+    """Which generated frame i is compared with which true frame j: bool [P, F', F], of mask [P, F'], pool_mask [P, F].
+
+    fsm and errors: `face_score`'s.
+    """
+    pairs = mask[:, :, None] & pool_mask[:, None, :]
+    if fsm == "pool":
+        return pairs
+    if fsm == "first":
+        return pairs & (pool_mask.cumsum(1) == 1)[:, None, :]
+    if fsm == "aligned":
+        if mask.shape[1] != pool_mask.shape[1]:
+            raise ValueError(
+                f"fsm 'aligned' compares frame with frame: {mask.shape[1]} generated, {pool_mask.shape[1]} true ones"
+            )
+        return pairs & torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+    raise ValueError(f"fsm is pool, first or aligned, not {fsm!r}")
+
+
+def velocity_kl(v, v_ref, sigma, free=slice(1, None)):
+    """The regulariser of one sampling step, omega' |v - v_ref|² as a mean over elements, with omega' = 1/(2 sigma²): [B].
+
+    v, v_ref [B, C, F', h, w]; sigma the step's noise level in 0..1, > 0; free: the latent frames that are sampled
+    (default: all but the first, which image-to-video pins). A mean, so that its weight means the same at every size,
+    taken in fp32 at least.
+
+    Why it is a KL: make the sampler's ODE the SDE dx = v dsigma + sigma dW, with as much noise as the latent holds. A
+    step of length dt is then a draw from N(x - dt v, sigma² dt), and two such Gaussians differ by
+    dt |v - v_ref|² / (2 sigma²) an element; summed over the steps this is the KL of the two samplers' paths (Girsanov's
+    theorem as dt -> 0). omega' is that per unit of time, so that every step counts alike, as in the official code.
+
+    Which gradient a step takes: v is differentiated through x_i as well, v_ref is not. That is the official code's way,
+    and neither the whole chain's gradient (which would differentiate v_ref's x_i too) nor that of a KL at a fixed x_i;
+    either of those needs a second backward pass through every step of the window, and neither tunes measurably better
+    (docs/results.md).
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    error = v[:, :, free].to(wide) - v_ref[:, :, free].to(wide)
+    return error.square().flatten(1).mean(1) / (2 * sigma**2)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Detect
@@ -68,7 +138,7 @@ class FaceDetector:
     network's input: the graph's own size, or the `input_size` in its metadata, or 640. All frames go as one
     batch where the graph can take it, otherwise one by one, as the released graphs do. Faces are those that
     score `threshold`, less those that overlap a better one by IoU > `overlap`.
-    tiled: where a frame's largest face is under 48 px in the network's input, or none is seen, look again at the
+    tiled: where a frame's largest face is under 48 px in the network's input, or none is seen, detect again in the
     frame enlarged 1.8 times, in overlapping tiles: at most 4 more passes (measured: tests/bench_reward.py).
     `provider` says what onnxruntime runs on. Raises UserError for a missing file or another kind of graph, and
     where a GPU is there but onnxruntime cannot use it (`providers=["CPUExecutionProvider"]` asks for the CPU).
@@ -266,47 +336,6 @@ def align(frames, landmarks, index=None, size=112):
 # Embed
 
 
-def frozen(layer):
-    """Is nothing of it trained, neither parameters nor statistics?"""
-    return not layer.training and not next(layer.parameters()).requires_grad
-
-
-def scale_shift(norm):
-    """A batch-norm in evaluation as scale [C] and shift [C]."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
-
-
-class FoldedConv(torch.autograd.Function):
-    """norm(conv(x)) of frozen layers as one convolution. Its gradient needs no activations, only the kernel: autograd
-    would keep both layers' inputs. The whole reward then takes 2 to 3 times less memory (tests/bench_reward.py)."""
-
-    @staticmethod
-    def fold(conv, norm, dtype):
-        scale, shift = scale_shift(norm)
-        return (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
-
-    @staticmethod
-    def forward(ctx, x, conv, norm):
-        ctx.conv, ctx.norm, ctx.shape = conv, norm, x.shape
-        kernel, shift = FoldedConv.fold(conv, norm, x.dtype)
-        return F.conv2d(x, kernel, shift, conv.stride, conv.padding)
-
-    @staticmethod
-    def backward(ctx, grad):
-        kernel, _ = FoldedConv.fold(ctx.conv, ctx.norm, grad.dtype)
-        return nn.grad.conv2d_input(ctx.shape, kernel, grad, ctx.conv.stride, ctx.conv.padding), None, None
-
-
-def conv_norm(conv, norm, x):
-    """norm(conv(x))."""
-    return FoldedConv.apply(x, conv, norm) if frozen(conv) else norm(conv(x))
-
-
-def prelu(layer, x):
-    return F.prelu(x, layer.weight.to(x.dtype)) if frozen(layer) else layer(x)
-
-
 class IBasicBlock(nn.Module):
     """x + bn3(conv2(prelu(bn2(conv1(bn1(x)))))); the stride is conv2's."""
 
@@ -324,24 +353,15 @@ class IBasicBlock(nn.Module):
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(planes))
 
     def forward(self, x):
-        if frozen(self.bn1):
-            scale, shift = (t.to(x.dtype).view(-1, 1, 1) for t in scale_shift(self.bn1))
-            y = torch.addcmul(shift, x, scale)
-        else:
-            y = self.bn1(x)
-        y = prelu(self.prelu, conv_norm(self.conv1, self.bn2, y))
-        y = conv_norm(self.conv2, self.bn3, y)
-        return y + (x if self.downsample is None else conv_norm(*self.downsample, x))
+        y = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        return self.bn3(self.conv2(y)) + (x if self.downsample is None else self.downsample(x))
 
 
 class ArcFace(nn.Module):
     """ArcFace's IResNet: crops [n, 3, 112, 112] RGB in [-1, 1] to embeddings [n, 512], not normalised.
 
-    layers: blocks in each of four stages (r18: 2, 2, 2, 2; r34: 3, 4, 6, 3; r50: 3, 4, 14, 3; r100: 3, 13,
-    30, 3); widths: their channels, the first also the stem's. Attribute names are arcface_torch's, and so is
-    the layout. Once frozen: `trunk` is the precision of all before the embedding head, which stays in fp32
-    (None: fp32 too; torch.bfloat16); `checkpointing` recomputes each stage in the backward pass instead of
-    keeping its activations.
+    layers: blocks in each of four stages (r18: 2, 2, 2, 2; r34: 3, 4, 6, 3; r50: 3, 4, 14, 3; r100: 3, 13, 30, 3);
+    widths: their channels, the first also the stem's. Attribute names are arcface_torch's, and so is the layout.
     """
 
     def __init__(self, layers, widths=(64, 128, 256, 512)):
@@ -356,22 +376,15 @@ class ArcFace(nn.Module):
         self.bn2, self.dropout = nn.BatchNorm2d(before), nn.Dropout(0.0)
         self.fc = nn.Linear(before * 7 * 7, 512)
         self.features = nn.BatchNorm1d(512)
-        self.size, self.trunk, self.checkpointing = 112, None, False
-
-    def stem(self, x):  # with the first stage, as its activations are the largest
-        return self.layer1(prelu(self.prelu, conv_norm(self.conv1, self.bn1, x)))
+        self.size = 112
 
     def forward(self, crops):
-        wide = self.fc.weight.dtype
-        with torch.autocast(crops.device.type, enabled=False) if frozen(self) else nullcontext():
-            # channels last, as the kernels are: 1.3 times as fast on a CPU in fp32, 2.5 times in bf16
-            x = crops.to(self.trunk or wide, memory_format=torch.channels_last)
-            for stage in (self.stem, self.layer2, self.layer3, self.layer4):
-                again = self.checkpointing and x.requires_grad
-                x = checkpoint(stage, x, use_reentrant=False) if again else stage(x)
-        with torch.autocast(crops.device.type, enabled=False):
-            x = self.bn2(x.to(wide))
-            return self.features(self.fc(self.dropout(x.flatten(1))))
+        with torch.autocast(crops.device.type, enabled=False):  # a similarity of two faces wants fp32
+            # channels last, as the kernels are: 1.3 times as fast on a CPU
+            x = crops.to(self.fc.weight.dtype, memory_format=torch.channels_last)
+            x = self.prelu(self.bn1(self.conv1(x)))  # [n, 64, 112, 112]
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [n, 512, 7, 7]
+            return self.features(self.fc(self.dropout(self.bn2(x).flatten(1))))
 
     @classmethod
     def from_file(cls, path):
@@ -404,130 +417,50 @@ class ArcFace(nn.Module):
             k = wrong[0]
             raise UserError(f"{path}: not an ArcFace IResNet: {k} is {have.get(k)}, wanted {want.get(k)}")
         model.load_state_dict({k: state[k].float() for k in want}, strict=False)
-        return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        return folded(model.eval().requires_grad_(False))
 
 
-def iresnet_from_onnx(path):
-    """The state dict of an IResNet in an InsightFace .onnx, by walking its graph node by node.
+class FrozenConv2d(nn.Conv2d):
+    """A convolution with constant weights: its graph keeps the kernel and not its input."""
 
-    There a batch-norm after a convolution is folded into the convolution's bias: it comes back as a batch-norm
-    that only adds. A graph that normalises pixels of 0..255 itself (Sub, Mul: the older ones, from MXNet) has the
-    factor folded into its first convolution. Raises UserError at the first node that an IResNet does not have there.
+    def forward(self, x):
+        return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class ScaleShift(nn.Module):
+    """A batch-norm in evaluation: x scale + shift, which keeps nothing of x for the backward pass."""
+
+    def __init__(self, norm):
+        super().__init__()
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        self.register_buffer("scale", scale.view(-1, 1, 1))
+        self.register_buffer("shift", (norm.bias - norm.running_mean * scale).view(-1, 1, 1))
+
+    def forward(self, x):
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+def folded(model):
+    """A frozen ArcFace with its batch-norms folded into the convolutions before them; changed in place.
+
+    Its graph then keeps the inputs of the PReLUs alone: the whole reward takes 2 to 3 times less memory
+    (tests/bench_reward.py).
     """
-    import onnx
-    from onnx import helper, numpy_helper
 
-    try:
-        graph = onnx.load(str(path)).graph
-    except Exception as error:
-        raise UserError(f"{path}: not a readable ONNX file ({type(error).__name__}); download it again") from None
-    constants = {t.name: t for t in graph.initializer}
-    for node in graph.node:  # weights may also stand in the graph as nodes
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-    users, state = {}, {}
-    for node in graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
+    def fold(conv, norm):
+        fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+        frozen = FrozenConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        frozen.weight, frozen.bias = fused.weight, fused.bias
+        return frozen, nn.Identity()
 
-    def attribute(node, name, default):
-        return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
-
-    entry = next(i for i in graph.input if i.name not in constants)
-    size = [d.dim_value for d in entry.type.tensor_type.shape.dim][1:]
-    kind = {(3, 192, 192): "a landmark model", (3, 96, 96): "an age and gender model"}.get(tuple(size))
-    if len(graph.output) >= 5:
-        kind = "a face detector"
-    elif any(node.op_type == "Conv" and attribute(node, "group", 1) > 1 for node in graph.node):
-        kind = kind or "a MobileFaceNet or its like (grouped convolutions)"
-    if kind:
-        raise UserError(f"{path}: {kind}, not an ArcFace IResNet")
-    if size[0] != 3 or any(n not in (0, 112) for n in size[1:]):
-        raise UserError(f"{path}: takes {size}, an ArcFace IResNet takes [3, 112, 112]")
-
-    def weight(name):
-        if name not in constants:
-            raise UserError(f"{path}: not an ArcFace IResNet: {name!r} is computed, weights are constants")
-        return torch.from_numpy(numpy_helper.to_array(constants[name]).copy()).float()
-
-    def after(name):
-        """The nodes that use a tensor; those that do nothing are stepped over."""
-        found = []
-        for node in users.get(name, []):
-            found += after(node.output[0]) if node.op_type in ("Identity", "Dropout", "Cast") else [node]
-        return found
-
-    def take(name, kind):
-        """The one node of a kind that uses a tensor."""
-        found = [n for n in after(name) if n.op_type == kind]
-        if len(found) != 1:
-            kinds = ", ".join(n.op_type for n in after(name)) or "nothing"
-            raise UserError(f"{path}: not an ArcFace IResNet: {kind} expected after {name!r}, there is {kinds}")
-        return found[0]
-
-    def put_norm(node, key):
-        gain, bias, mean, var = (weight(n) for n in node.input[1:5])
-        eps = attribute(node, "epsilon", 1e-5)
-        state.update({f"{key}.weight": gain, f"{key}.bias": bias, f"{key}.running_mean": mean,
-                      f"{key}.running_var": var + eps - 1e-5})  # fmt: skip
-
-    def norm_of(conv):
-        """The batch-norm after a convolution, None where it is folded; and the tensor that the two give."""
-        norm = next((n for n in after(conv.output[0]) if n.op_type == "BatchNormalization"), None)
-        return norm, (norm or conv).output[0]
-
-    def put_conv(conv, key, norm_key):
-        """A convolution and its batch-norm, folded or not."""
-        kernel = state[f"{key}.weight"] = weight(conv.input[1])
-        norm, _ = norm_of(conv)
-        if norm:
-            return put_norm(norm, norm_key)
-        zeros = torch.zeros(len(kernel))
-        state.update({f"{norm_key}.weight": zeros + 1, f"{norm_key}.running_mean": zeros,
-                      f"{norm_key}.running_var": zeros + 1 - 1e-5,
-                      f"{norm_key}.bias": weight(conv.input[2]) if len(conv.input) > 2 else zeros})  # fmt: skip
-
-    x, pixel = entry.name, 1.0
-    if any(n.op_type == "Sub" for n in after(x)):
-        minus = take(x, "Sub")
-        times = take(minus.output[0], "Mul")
-        if weight(minus.input[1]).unique().tolist() != [127.5] or weight(times.input[1]).numel() != 1:
-            raise UserError(f"{path}: does not normalise its input by (x - 127.5) times one number")
-        x, pixel = times.output[0], 127.5 * weight(times.input[1]).item()
-    stem = take(x, "Conv")
-    put_conv(stem, "conv1", "bn1")
-    state["conv1.weight"] *= pixel
-    prelu = take(norm_of(stem)[1], "PRelu")
-    state["prelu.weight"] = weight(prelu.input[1]).flatten()
-    x, stage, block = prelu.output[0], 0, 0
-    norm = take(x, "BatchNormalization")
-    while any(n.op_type == "Conv" for n in after(norm.output[0])):
-        first = take(norm.output[0], "Conv")
-        prelu = take(norm_of(first)[1], "PRelu")
-        second = take(prelu.output[0], "Conv")
-        stage, block = (stage + 1, 0) if attribute(second, "strides", [1, 1])[0] == 2 else (stage, block + 1)
-        key = f"layer{stage}.{block}"
-        put_norm(norm, f"{key}.bn1")
-        put_conv(first, f"{key}.conv1", f"{key}.bn2")
-        state[f"{key}.prelu.weight"] = weight(prelu.input[1]).flatten()
-        put_conv(second, f"{key}.conv2", f"{key}.bn3")
-        joined = take(norm_of(second)[1], "Add")
-        end = x  # of the shortcut: x itself, or x convolved
-        for shortcut in (n for n in after(x) if n.op_type == "Conv"):
-            put_conv(shortcut, f"{key}.downsample.0", f"{key}.downsample.1")
-            end = norm_of(shortcut)[1]
-        if not any(n is joined for n in after(end)):
-            raise UserError(f"{path}: not an ArcFace IResNet: {key}'s shortcut does not end in its sum")
-        x = joined.output[0]
-        norm = take(x, "BatchNormalization")
-    put_norm(norm, "bn2")
-    flat = next((n for n in after(norm.output[0]) if n.op_type in ("Flatten", "Reshape")), norm)
-    gemm = take(flat.output[0], "Gemm")
-    kernel = weight(gemm.input[1])
-    state["fc.weight"] = kernel if attribute(gemm, "transB", 0) else kernel.T.contiguous()
-    state["fc.bias"] = weight(gemm.input[2]) if len(gemm.input) > 2 else torch.zeros(len(state["fc.weight"]))
-    put_norm(take(gemm.output[0], "BatchNormalization"), "features")
-    return state
+    model.conv1, model.bn1 = fold(model.conv1, model.bn1)
+    for block in (m for m in model.modules() if isinstance(m, IBasicBlock)):
+        block.bn1 = ScaleShift(block.bn1)
+        block.conv1, block.bn2 = fold(block.conv1, block.bn2)
+        block.conv2, block.bn3 = fold(block.conv2, block.bn3)
+        if block.downsample is not None:
+            block.downsample = nn.Sequential(*fold(*block.downsample))
+    return model.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class CLIPVision(nn.Module):
@@ -608,63 +541,7 @@ def read_encoder(path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Score
-
-
-def face_score(embeddings, mask, pool, pool_mask, fsm="pool"):
-    """Facial scoring mechanism: R [B] in [-1, 1], how much generated faces are the true clip's.
-
-    embeddings [B, F', D], mask [B, F'] (true, or a weight above 0, where the generated frame shows a face); pool
-    [B, F, D], pool_mask [B, F], the true clip's.   s_i = mean_j cos(phi(x_i), phi(x_j)),   R = mean_i s_i,   over
-    frames with a face. fsm: "pool" compares with all true frames; "first" with the first of them that shows a face;
-    "aligned" with the true frame of the same time. A clip with nothing to compare scores 0, with gradient 0. Raises
-    ValueError for another fsm, and for "aligned" where F' is not F. Source: the paper's FSM.
-    """
-    # faceless frames are zeroed first: what stands there reaches neither the score nor its gradient
-    x = F.normalize(embeddings.masked_fill(~mask.bool()[..., None], 0), dim=-1)
-    y = F.normalize(pool.masked_fill(~pool_mask.bool()[..., None], 0), dim=-1)
-    mask, pool_mask = mask.to(x.dtype), pool_mask.to(x.dtype)
-    if fsm == "aligned":
-        if x.shape[1] != y.shape[1]:
-            raise ValueError(f"fsm 'aligned' compares frame with frame: {x.shape[1]} generated, {y.shape[1]} true ones")
-        weight = mask * pool_mask
-        score = (x * y).sum(-1)  # [B, F']
-    elif fsm in ("pool", "first"):
-        if fsm == "first":
-            pool_mask = pool_mask * (pool_mask.cumsum(1) == 1)
-        # mean_j <x_i, y_j> = <x_i, mean_j y_j>
-        mean = (pool_mask[:, None] @ y) / pool_mask.sum(1).clamp(min=1)[:, None, None]  # [B, 1, D]
-        weight, score = mask * pool_mask.amax(1, keepdim=True), (x @ mean.mT)[..., 0]
-    else:
-        raise ValueError(f"fsm is pool, first or aligned, not {fsm!r}")
-    return (score * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
-
-
-def velocity_kl(v, v_ref, sigma, weighting="sigma", dt=None, free=slice(1, None)):
-    """The regulariser of one sampling step: omega · mean |v - v_ref|² over the free latent frames; a scalar.
-
-    v, v_ref [B, C, F', h, w]; sigma the step's noise level in 0..1, > 0; dt the step's length in sigma, > 0; free
-    the latent frames that are sampled (default: all but the first, which image-to-video pins). A mean over elements,
-    so that omega means the same at every size, taken in fp32 at least. Raises ValueError for another weighting, or
-    "dt" without dt.
-    Derivation: make the sampler's ODE the SDE dx = v dsigma + sigma dW, with as much noise as the latent holds. A
-    step is then a draw from N(x - dt v, sigma² dt). Two Gaussians of one variance s² differ by KL = |mean -
-    mean_ref|² / (2 s²), here dt |v - v_ref|² / (2 sigma²) an element; summed over the steps this is the KL of the
-    two samplers' paths (chain rule; Girsanov's theorem as dt -> 0).
-    - "dt": omega = dt / (2 sigma²), that KL: a step counts by its length;
-    - "sigma": omega = 1 / (2 sigma²), the same per unit of time, each step counts alike: the official code's
-      (ROLL, reward_fl);
-    - "uniform": omega = 1.
-    To keep the flow's marginals too, the SDE's drift would need v times 1 + sigma (1 - sigma) / 2 (and a part that
-    both models share): up to 1.27 times the KL, left out.
-    """
-    if weighting not in ("sigma", "dt", "uniform"):
-        raise ValueError(f"weighting is sigma, dt or uniform, not {weighting!r}")
-    if weighting == "dt" and dt is None:
-        raise ValueError("weighting 'dt' needs dt, the step's length")
-    omega = {"sigma": 1, "dt": dt, "uniform": 2 * sigma**2}[weighting] / (2 * sigma**2)
-    wide = torch.promote_types(v.dtype, torch.float32)
-    return omega * (v[:, :, free].to(wide) - v_ref[:, :, free].to(wide)).square().mean()
+# Several people: which face is whose
 
 
 def link(frames, likeness=0.3):
@@ -706,25 +583,23 @@ def assign(embeddings, clip, frame, anchors):
                 pairs.append([int(here[i]), int(p)])
     return torch.tensor(pairs, device=frame.device, dtype=torch.long).view(-1, 2).unbind(1)
 
+# ------------------------------------------------------------------------------------------------------------
+# All together
+
 
 @dataclass
 class FaceReward:
-    """Detector and face encoder joined: looks at a video and scores it against a pool of embeddings."""
+    """A face detector and a face encoder joined: finds, embeds and scores the faces of a video."""
 
     detector: FaceDetector
     encoder: nn.Module  # crops [n, 3, size, size] in [-1, 1] to embeddings [n, D]; has `size`: ArcFace, CLIPVision
     pool_first: bool = True  # is the true clip's frame 0 in the pool?
-    score_first: bool = True  # is the generated frame 0, which is given, scored?
-    # Weighed down, not dropped. Measured on held-out faces of 8 to 48 px, min_face 24, pixel noise of 6/255: variance
-    # of the gradient over its mean² 0.09, dropped 0.17, all alike 0.06; bias of R -0.17, dropped -0.02, alike -0.23.
-    min_face: float = 0.0  # pixels; a smaller face counts in proportion to its size; 0: all count the same
-    min_score: float = 0.0  # in 0..1; the same for the detector's score
 
     @classmethod
-    def from_folder(cls, folder, device="cpu", tiled=False, **options):
+    def from_folder(cls, folder, device="cpu", tiled=False, pool_first=True):
         """From a folder with a detector and an encoder: assets/, InsightFace's antelopev2 or buffalo_l, or the like.
 
-        tiled: `FaceDetector`'s second look for small faces. Raises UserError where the folder has no such files.
+        tiled: `FaceDetector`'s second pass for small faces. Raises UserError where the folder has no such files.
         """
         folder, paths = Path(folder), []
         for what, names in (
@@ -735,13 +610,13 @@ class FaceReward:
             if not found:
                 raise UserError(f"{folder}: no {what} in it ({', '.join(names)})")
             paths.append(found[0])
-        return cls(FaceDetector(paths[0], tiled=tiled), read_encoder(paths[1]).to(device), **options)
+        return cls(FaceDetector(paths[0], tiled=tiled), read_encoder(paths[1]).to(device), pool_first)
 
     def embed(self, frames, most=None):
         """The faces of frames [F, 3, H, W], at most `most` a frame, largest first, embedded with gradient.
 
-        Returns the number of the frame that each is in [n]; a dict of boxes [n, 4], scores [n], landmarks [n, 5, 2]
-        and embeddings [n, D]; and how many faces each frame shows [F].
+        Returns the number of the frame that each is in [n]; a dict of boxes [n, 4], landmarks [n, 5, 2] and embeddings
+        [n, D]; and how many faces each frame shows [F].
         """
         detections = [usable(faces) for faces in self.detector(frames)]
         count = torch.tensor([len(faces) for faces in detections])
@@ -749,39 +624,33 @@ class FaceReward:
         place = torch.arange(len(frames)).repeat_interleave(torch.tensor([len(faces) for faces in detections]))
         place, count = place.to(frames.device), count.to(frames.device)
         faces = {name: torch.cat([getattr(f, name) for f in detections]).to(frames.device)
-                 for name in ("boxes", "scores", "landmarks")}  # fmt: skip
+                 for name in ("boxes", "landmarks")}  # fmt: skip
         crops = align(frames, faces["landmarks"], place, self.encoder.size)
         # in parts: what passes through the encoder for a moment is larger than what it keeps for the backward pass
         embeddings = torch.cat([self.encoder(part) for part in crops.split(16)])  # of no face too: gradient 0
         return place, faces | dict(embeddings=embeddings), count
 
-    def look(self, video, anchors=None, only=slice(None)):
+    def detect_and_embed(self, video, anchors=None):
         """The largest face of every frame of video [B, 3, F, H, W] in [-1, 1], embedded with gradient.
 
         With anchors [B, P, D], embeddings of P identities (zero: none), the face of each identity instead, see
-        `assign`. Returns a dict of mask [B, F] bool, weight [B, F] in 0..1, boxes [B, F, 4] and landmarks
-        [B, F, 5, 2] in pixels, embeddings [B, F, D], zero where there is no face, each [B, P, F, ...] with anchors;
-        and count [B, F], the faces that were seen. only: the frames to look at [n]; the others show none.
+        `assign`. Returns a dict of mask [B, F] bool, boxes [B, F, 4] and landmarks [B, F, 5, 2] in pixels, embeddings
+        [B, F, D], zero where there is no face, each [B, P, F, ...] with anchors; and count [B, F], the faces found.
         """
         B, _, T, _, _ = video.shape
-        frames = video[:, :, only].transpose(1, 2).flatten(0, 1)  # [B F, 3, H, W]
-        place, faces, count = self.embed(frames, most=1 if anchors is None else None)
-        looked = torch.arange(B * T, device=place.device).view(B, T)[:, only].flatten()
-        place, count = looked[place], count.new_zeros(B * T).index_copy(0, looked, count)
-        side = (faces["boxes"][:, 2:] - faces["boxes"][:, :2]).prod(1).sqrt()
-        size, score = side / max(self.min_face, 1e-6), faces.pop("scores") / max(self.min_score, 1e-6)
-        faces |= dict(mask=torch.ones_like(place, dtype=torch.bool), weight=size.clamp(max=1) * score.clamp(max=1))
+        place, faces, count = self.embed(video.transpose(1, 2).flatten(0, 1), most=1 if anchors is None else None)
+        faces |= dict(mask=torch.ones_like(place, dtype=torch.bool))
         people, shape = 1, (B, T)
         if anchors is not None:
             people, shape = anchors.shape[1], (B, anchors.shape[1], T)
             rows, who = assign(faces["embeddings"], place // T, place, anchors)
             faces = {name: value[rows] for name, value in faces.items()}
             place = (place[rows] // T * people + who) * T + place[rows] % T
-        info = dict(count=count.view(B, T))
+        found = dict(count=count.view(B, T))
         for name, value in faces.items():
             empty = value.new_zeros(B * people * T, *value.shape[1:])
-            info[name] = empty.index_copy(0, place, value).unflatten(0, shape)
-        return info
+            found[name] = empty.index_copy(0, place, value).unflatten(0, shape)
+        return found
 
     def identities(self, video, most=2, seen=0.1):
         """The pool of a true clip [1, 3, F, H, W]: embeddings [P, F, D] and mask [P, F], P ≤ `most` identities.
@@ -802,61 +671,26 @@ class FaceReward:
             pool[p, place[who == k]], mask[p, place[who == k]] = embeddings[who == k], True
         return pool, mask
 
-    def score(self, video, pool, pool_mask, fsm="pool", only=slice(None)):
+    def score(self, video, pool, pool_mask, fsm="pool"):
         """R [B] of a video [B, 3, F, H, W] in [-1, 1] against pool [B, Fp, D] with pool_mask [B, Fp].
 
         A pool [B, P, Fp, D] of P identities (mask [B, P, Fp]) scores the face of each identity against its own pool;
-        R is the mean over the identities that are seen, and what `look` reports is the first identity's. only: see
-        `look`.
-        Returns R, differentiable in the video, and what `look` saw plus: missing [B] bool, where there is
-        nothing to compare (R and its gradient are zero there); face_rate [B], the share of those frames with a
-        face; similarity [B, F], each frame's mean cosine to the pool, s_i (zero where there is no face).
+        R is the mean over the identities that are seen. Returns R, differentiable in the video, and what
+        `detect_and_embed` found (of the first identity) plus: missing [B] bool, where there is nothing to compare (R
+        and its gradient are zero there); face_rate [B], the share of frames with a face.
         """
-        pool_mask = pool_mask.bool()
-        if pool.dim() == 3:
-            info = self.look(video, only=only)
-            seen = {name: info[name][:, None] for name in ("mask", "weight", "embeddings")}
-            pool, pool_mask = pool[:, None], pool_mask[:, None]
-        else:  # the first face of each identity stands for it: the clip starts with the true first frame
+        pool_mask, anchors = pool_mask.bool(), None
+        if pool.dim() == 4:  # the first face of each identity stands for it: the clip starts with the true first frame
             first = pool_mask.long().argmax(-1)[..., None, None].expand(-1, -1, 1, pool.shape[-1])
-            anchors = pool.gather(2, first)[:, :, 0] * pool_mask.any(-1, keepdim=True)
-            seen = self.look(video, anchors, only)
-            info = {name: value if name == "count" else value[:, 0] for name, value in seen.items()}
-        B, P, T = seen["mask"].shape
-        weight = seen["weight"] * seen["mask"]
-        if not self.score_first:
-            weight = weight * (torch.arange(T, device=weight.device) > 0)
+            anchors = pool.gather(2, first)[:, :, 0] * pool_mask.any(-1, keepdim=True)  # [B, P, D]
+        found = self.detect_and_embed(video, anchors)
         if not self.pool_first and fsm != "first":  # which compares with nothing else
             pool_mask = pool_mask & (torch.arange(pool_mask.shape[-1], device=pool_mask.device) > 0)
-        flat = [x.flatten(0, 1) for x in (seen["embeddings"], weight, pool, pool_mask)]
-        compared = (flat[1] > 0) & (flat[3] if fsm == "aligned" else flat[3].any(1, keepdim=True))
-        present = compared.any(1).view(B, P)
-        reward = (face_score(*flat, fsm).view(B, P) * present).sum(1) / present.sum(1).clamp(min=1)
-        with torch.no_grad():
-            embeddings, mask = info["embeddings"].flatten(0, 1)[:, None], info["mask"].flatten()[:, None]
-            everyone = [x[:, 0].repeat_interleave(T, 0) for x in (pool, pool_mask)]
-            info["similarity"] = face_score(embeddings, mask, *everyone).view_as(info["mask"])
-        return reward, info | dict(missing=~present.any(1), face_rate=info["mask"][:, only].float().mean(1))
-
-
-def clip_metrics(frames, info, image=None):
-    """What is watched in one clip: uint8 frames [F, H, W, 3], `look` of it, and `look` of the input image.
-
-    facesim: mean cosine of the frames' embeddings to the input image's (the paper's FaceSim; None without
-    faces or image); face_rate: share of frames with a face; motion: mean landmark speed over the face's size,
-    a frame (None where no two neighbouring frames show a face); tf: VBench's temporal flickering, (255 - mean
-    |difference|)/255.
-    """
-    mask = info["mask"][0]
-    facesim = motion = None
-    if image is not None and mask.any() and image["mask"][0, 0]:
-        embeddings = info["embeddings"][0][mask].detach()
-        facesim = float(F.cosine_similarity(embeddings, image["embeddings"][0, :1].detach()).mean())
-    both = mask[1:] & mask[:-1]
-    if both.any():
-        box = info["boxes"][0]
-        size = (box[:, 2:] - box[:, :2]).clamp(min=1).prod(1).sqrt()
-        speed = info["landmarks"][0].diff(dim=0).norm(dim=-1).mean(1) / ((size[1:] + size[:-1]) / 2)
-        motion = float(speed[both].mean())
-    tf = 1 - np.abs(np.diff(frames.astype(np.float32), axis=0)).mean() / 255
-    return dict(facesim=facesim, face_rate=float(mask.float().mean()), motion=motion, tf=float(tf))
+        embeddings, mask = found["embeddings"], found["mask"]
+        if anchors is not None:
+            found = {name: value if name == "count" else value[:, 0] for name, value in found.items()}
+            embeddings, mask, pool, pool_mask = (x.flatten(0, 1) for x in (embeddings, mask, pool, pool_mask))
+        present = compared_pairs(mask, pool_mask, fsm).any(2).any(1).view(len(video), -1)  # [B, P]
+        scores = face_score(embeddings, mask, pool, pool_mask, fsm).view(len(video), -1)
+        reward = (scores * present).sum(1) / present.sum(1).clamp(min=1)
+        return reward, found | dict(missing=~present.any(1), face_rate=found["mask"].float().mean(1))
