@@ -145,10 +145,16 @@ def rank_and_ranks():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gathered(rows):
-    """The lists of all ranks as one, in rank order, the same on every rank."""
+def gathered(rows, everywhere=True):
+    """The lists of all ranks as one, in rank order, on every rank; everywhere=False: on rank 0, an empty one elsewhere."""
     if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
+    if everywhere:
+        dist.all_gather_object(parts, rows)
+    elif dist.get_rank() == 0:
+        dist.gather_object(rows, parts)
+    else:
+        dist.gather_object(rows)
+        return []
     return [row for part in parts for row in part]

@@ -51,7 +51,7 @@ def landmark_speed(landmarks, boxes, mask):
         return None
     size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).prod(1).sqrt()
     speed = landmarks.diff(dim=0).norm(dim=-1).mean(1) / ((size[1:] + size[:-1]) / 2)
-    return float(speed[both].mean())
+    return float((speed * both).sum() / both.sum())
 
 
 def temporal_flickering(video):
@@ -133,7 +133,7 @@ def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once
             bar.update()
     bar.close()
     metrics = dict(gathered(list(metrics.items())))
-    return [metrics[row] for row in rows], dict(gathered(list(frames.items())))
+    return [metrics[row] for row in rows], dict(gathered(list(frames.items()), everywhere=False))
 
 
 def shown_rows(rows, most=SHOWN):
