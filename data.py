@@ -24,9 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from model import ASSETS, CONFIGS, UserError, find_preset, load_model, write_safetensors
+from cli import UserError, option, parse_options, run
+from model import ASSETS, CONFIGS
 from reward import FaceReward
-from sample import condition, fit, latent_size, option, parse_options, read_video, run, to_frames, to_tensor
+from sample import condition, fit, latent_size, read_video, to_frames, to_tensor
+from weights import find_preset, load_model, write_safetensors
 
 SPLITS = ("train", "heldout")
 
@@ -154,7 +156,7 @@ def read_clip(path, frames, size):
 
 
 def face_travel(info):
-    """How far a clip's face gets from its first place, from `look`: mean over frames, in sizes of the face.
+    """How far a clip's face gets from its first place, from `detect_and_embed`: mean over frames, in sizes of the face.
 
     0 where no frame shows a face.
     """
@@ -167,7 +169,7 @@ def face_travel(info):
 
 def pool_of(reward, video, options):
     """The pool (embeddings and mask of every frame with a face) and what the index says of the faces; or Refused."""
-    info = reward.look(video)
+    info = reward.detect_and_embed(video)
     seen = info["mask"][0]
     coverage = float(seen.float().mean())
     crowd = float((info["count"][0] > options.people).float().mean())

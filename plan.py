@@ -132,12 +132,10 @@ class PlannedWan:
         self.resting = []  # what the device has let go
 
     def at_work(self, part):
-        if not self.offload:
-            return
         frozen = {name: sum(p.nbytes for p in getattr(self, name).parameters() if not p.requires_grad)
                   for name in ("dit", "vae")}  # fmt: skip
         self.meter.add(sum(frozen[name] for name in self.resting))
-        self.resting = [name for name in frozen if name != part]
+        self.resting = [name for name in frozen if name != part and self.offload]
         self.meter.add(-sum(frozen[name] for name in self.resting))
 
 
@@ -238,7 +236,8 @@ def simulate(options, step=ipro_step):
         weigh("inputs")
         meter.peaks.clear()
         step(tuning, batch, noise)
-        wan.offload, _ = False, wan.at_work("dit")
+        wan.offload = False
+        wan.at_work("dit")  # so that what the optimizer adds is weighed against all of it
         with record_function("optimizer"):
             weigh("gradients")
             torch.optim.Adam([p for p in dit.parameters() if p.requires_grad]).step()

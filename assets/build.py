@@ -300,7 +300,8 @@ DIT_ROUNDS = [
 def dit(args):
     import torch
 
-    from model import CONFIGS, WanDiT, write_safetensors
+    from model import CONFIGS, WanDiT
+from weights import write_safetensors
 
     start, latents = args.work / "start", args.work / "latents"
     if not (start / "dit.safetensors").exists():
@@ -360,7 +361,7 @@ def turning(wan, reward, clips, count=60):
                 context = wan.encode_text([f"{person} turns {word}"])
                 noise = noise_like((1, *batch["first"].shape[1:2], 5, *batch["first"].shape[3:]), row, sign + 1)
                 (latent,) = rollout(wan.dit, noise, batch["first"], context, sigmas(8, wan.preset.shift))
-                info = reward.look(wan.vae.decode(latent))
+                info = reward.detect_and_embed(wan.vae.decode(latent))
             turned = turn_of(info)
             right += turned is not None and turned * sign > 0
             total += 1
@@ -375,7 +376,7 @@ def figures(args):
     import faces
 
     from data import Clips
-    from model import load_model
+    from weights import load_model
     from reward import ArcFace, FaceReward
 
     wan, reward = load_model("tiny"), FaceReward.from_folder(ASSETS)

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import CONFIGS, CausalConv3d, Resample, WanVAE, write_safetensors
+from model import CONFIGS, CausalConv3d, Resample, WanVAE
+from weights import write_safetensors
 from reward import ArcFace, align
 
 # phase: steps, batch, frames, crop, peak learning rate of the kernels

@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from codec import Optimizer, read_clips
 
-from model import write_safetensors
+from weights import write_safetensors
 from reward import ArcFace, FaceDetector, align
 
 LAYERS, WIDTHS = (1, 2, 2, 1), (16, 32, 64, 128)

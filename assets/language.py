@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import CONFIGS, UMT5, tokenize, write_safetensors
+from model import CONFIGS, UMT5, tokenize
+from weights import write_safetensors
 
 STEPS, BATCH, PEAK, HIDDEN = 1500, 64, 1e-3, 0.25
 MASK = 2  # id of <extra_id_0>

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
-from reward import ArcFace, FaceDetector, FaceReward, similarity, usable  # noqa: E402
+from reward import ArcFace, FaceDetector, FaceReward, folded, similarity, usable  # noqa: E402
 from sample import read_video, to_tensor  # noqa: E402
 
-VARIANTS = ("ours", "ours, bf16", "ours, recomputed", "loop")
+VARIANTS = ("ours", "loop")
 
 
 def loop(reward, video, pool):
@@ -59,14 +59,13 @@ def measure(variant, frames):
     large = F.interpolate(video[0].transpose(0, 1), scale_factor=3.75, mode="bicubic").clamp(-1, 1)
     video = large.transpose(0, 1)[None]
     video = video.repeat(1, 1, -(-frames // video.shape[2]), 1, 1)[:, :, :frames].contiguous().requires_grad_()
-    encoder = ArcFace((3, 4, 14, 3)).eval()
-    if variant != "loop":  # which has the plain layers: they run where parameters take a gradient, here asked of none
-        encoder.requires_grad_(False).to(memory_format=torch.channels_last)  # as from_file returns it
-        encoder.trunk, encoder.checkpointing = torch.bfloat16 if "bf16" in variant else None, "recomputed" in variant
+    encoder = ArcFace((3, 4, 14, 3)).eval().requires_grad_(False)
+    if variant != "loop":  # which has the plain layers
+        encoder = folded(encoder)  # as from_file returns it
     reward = FaceReward(FaceDetector(REPO / "assets/detector.onnx"), encoder)
     pool = torch.randn(frames, 512)
     with torch.no_grad():
-        reward.look(video[:, :, :1])  # warm
+        reward.detect_and_embed(video[:, :, :1])  # warm
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin, busy = time.perf_counter(), time.process_time()
     if variant == "loop":

@@ -155,7 +155,7 @@ def step(variant, size, window):
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     import train
-    from model import ASSETS, add_lora, untuned
+    from model import ASSETS, add_lora
     from reward import FaceReward, read_encoder
     from sample import latent_size, sigmas
 
@@ -181,18 +181,18 @@ def step(variant, size, window):
             plain_step(network, vae, encoder, detect, noise, first, context, pool, schedule, window)
     else:
         add_lora(network, 32)
-        options = train.TrainOptions(sampling_steps=8, window=window, precision="fp32", **switches)
+        options = train.TrainOptions(batch=1, sampling_steps=8, window=window, precision="fp32", **switches)
         network.checkpointing = options.checkpointing
         if options.compile:
             for block in network.blocks:
                 block.compile()
 
-        wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset)
-        job = train.Run(wan, network, network, untuned(network), options, schedule, 1.0, FaceReward(detect, encoder))
+        wan = types.SimpleNamespace(dit=network, vae=vae, preset=preset, at_work=lambda part: None)
+        tuning = train.Tuning(wan, network, network, options, schedule, FaceReward(detect, encoder))
         batch = dict(first=first, context=context, row=[0], pool=pool, pool_mask=torch.ones(pool.shape[:2]).bool())
 
         def once():
-            train.ipro_step(job, batch, noise)
+            train.ipro_step(tuning, batch, noise)
 
     return once
 
@@ -246,16 +246,12 @@ def measure(repeats, kind, *arguments):
 
 def share(variant, size, window):
     """A step's FLOPs, and the FLOPs a CPU second of this machine's matmul."""
-    from unittest.mock import patch
-
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import model
-
     once, n = step(variant, size, window), 2048
-    with patch.object(model, "without_onednn", lambda x: False), FlopCounterMode(display=False) as counter:
-        once()  # (the counter does not know oneDNN's own convolution)
+    with FlopCounterMode(display=False) as counter:
+        once()
     a = torch.randn(n, n)
     a @ a
     return dict(flops=counter.get_total_flops(), matmul=2 * n**3 / min(timed(lambda: a @ a) for _ in range(5)))
@@ -263,22 +259,11 @@ def share(variant, size, window):
 
 def planned(variant, size, window):
     """The MB that plan.py's meter finds for the same step on fake tensors, attention and precision being the CPU's."""
-    from unittest.mock import patch
-
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import model
     import plan
-    import train
 
-    with (
-        patch.object(train, "to_frames", lambda video: None),
-        patch.object(train, "clip_metrics", lambda *_: dict(motion=None, tf=None)),
-        patch.object(model, "latent_window", plan.window_of_face),
-        patch.object(model, "without_onednn", lambda x: False),  # oneDNN's own convolution takes no fake tensors
-        FakeTensorMode(allow_non_fake_inputs=True),
-        plan.Meter() as meter,
-    ):
+    with FakeTensorMode(allow_non_fake_inputs=True), plan.Meter() as meter:
         once = step(variant, size, window)
         once()
         meter.peaks.clear()
@@ -303,9 +288,10 @@ def cosine(which, seed):
     from data import Clips
     from reward import FaceReward
     from sample import noise_like, rollout, sigmas
+    from weights import load_model
 
     if which == "tiny":
-        wan, reward = model.load_model("tiny"), FaceReward.from_folder(model.ASSETS)
+        wan, reward = load_model("tiny"), FaceReward.from_folder(model.ASSETS)
         clips = Clips(model.ASSETS / "data", "heldout")
         row = clips.spread(6)[seed]
         batch, vae = clips.batch([row]), wan.vae
@@ -422,10 +408,7 @@ VARIANTS = (
     "ours",
     "ours checkpointing=1 decode_frames=2",
     "ours face_window=2",
-    "ours face_window=2 score_frames=5",
-    "ours face_window=2 kept_graphs=2",
-    "ours face_window=2 kept_graphs=2 compile=1",
-    "ours face_window=2 kept_graphs=4",
+    "ours face_window=2 compile=1",
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from model import CONFIGS, Checkpoint, blank, expected, match  # noqa: E402
+from model import CONFIGS  # noqa: E402
+from weights import Checkpoint, blank, expected, match  # noqa: E402
 
 
 def random_tensors(module, dtype, scale=1.0):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data import DataOptions
 from eval import EvalOptions
+from plan import PlanOptions
 from sample import SampleOptions
 from train import TrainOptions
 
@@ -41,19 +42,19 @@ MISTAKES = [
     ("train.py", ["--model", "wan9"], "unknown preset"),
     ("train.py", ["--model", "wan14b"], "hf download Wan-AI/Wan2.2-I2V-A14B"),
     ("train.py", ["--window", "9"], "more than the 8 sampling steps"),
-    ("train.py", ["--kept_graphs", "5"], "more than the window's 4 steps"),
-    ("train.py", ["--kept_graphs", "4", "--offload"], "not with --offload"),
-    ("train.py", ["--objective", "rl"], "choose from ipro, sft"),
+    ("train.py", ["--fsm", "best"], "choose from pool, first, aligned"),
+    ("train.py", ["--seed", "-1"], "at least 0"),
+    ("train.py", ["--sampling_steps", "1000000000"], "at most 1000"),
     ("train.py", ["--eval_clips", "0"], "at least 1"),
-    ("train.py", ["--lr", "nan"], "at least 0"),
+    ("train.py", ["--lr", "nan"], "must be a finite number"),
     ("train.py", ["--shift", "-1"], "at least 0"),
     ("train.py", ["--decay", "2"], "at most 1"),
     ("train.py", ["--moving", "1.5"], "at most 1"),
-    ("train.py", ["--frames", "81"], "of --plan only"),
-    ("train.py", ["--objective", "sft", "--judge", "."], "--judge"),
+    ("train.py", ["--frames", "81"], "--frames"),
+    ("plan.py", ["--frames", "80"], "nearest is 81"),
+    ("plan.py", ["--model", "tiny9"], "choose from tiny, wan5b, wan14b"),
     ("train.py", ["--reward_weight", "0", "--kl_weight", "0"], "nothing is left to optimise"),
     ("train.py", ["--data", "empty"], "index.jsonl"),
-    ("train.py", ["--objective", "sft"], "data.py --latents"),
     ("train.py", ["--people", "all"], "data.py --people 2"),
     ("train.py", ["--out", "full"], "--resume"),
     ("train.py", ["--out", "full", "--resume"], "holds no run"),
@@ -82,7 +83,8 @@ def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tm
 
 def test_help_lists_every_option_with_its_default(tmp_path):
     for program, options in (
-        ("sample.py", SampleOptions), ("data.py", DataOptions), ("train.py", TrainOptions), ("eval.py", EvalOptions)
+        ("sample.py", SampleOptions), ("data.py", DataOptions), ("train.py", TrainOptions), ("eval.py", EvalOptions),
+        ("plan.py", PlanOptions),
     ):  # fmt: skip
         done = run(program, "--help", cwd=tmp_path)
         told = "".join(done.stdout.split())

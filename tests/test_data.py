@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data import Clips, face_travel
-from model import ASSETS, UserError, load_model
+from cli import UserError
+from model import ASSETS
 from sample import read_video, to_tensor, write_video
 from tests.test_cli import run
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif("WAN5B" not in os.environ, re
 STEP = f"""
 import sys
 sys.path.insert(0, {str(REPO)!r})
-import torch, reward, sample, train
+import torch, cli, reward, train
 
 class Detector:
     provider = "nothing: a face is given"
@@ -32,7 +32,7 @@ class Detector:
         return [reward.Faces(torch.tensor([[32.0, 32, 96, 96]]), torch.ones(1), points[None]) for _ in frames]
 
 reward.FaceDetector = lambda *_, **__: Detector()
-sample.run(train.main)
+cli.run(train.main)
 """
 
 
