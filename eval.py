@@ -8,7 +8,8 @@ not the pool that the reward uses). Face rate: share of generated frames that sh
 landmarks, in face sizes a frame. TF: VBench's temporal flickering, (255 - mean absolute difference of consecutive
 8-bit frames) / 255; higher is steadier. The row `VAE` is the true clip through the autoencoder: no model that it
 decodes can be expected to do better; `true clip` is the clip itself.
-Writes --out/eval.json (every clip's figures) and --out/eval.mp4 (true clip, base, LoRA side by side).
+Writes --out/eval.json (every clip's figures), --out/eval.mp4 (true clip, base, LoRA side by side) and
+--out/over_time.webp (two people, frames from left to right).
 """
 
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from cli import UserError, gathered, option, parse_options, rank_and_ranks, run
@@ -179,6 +181,19 @@ def side_by_side(columns, rows):
     return np.concatenate([np.concatenate([c[r] for c in columns], 2) for r in rows], 1)
 
 
+def over_time(clips, count=9):
+    """A picture of clips over time, a named row each: (name, uint8 [F, H, W, 3]) pairs to a PIL image."""
+    _, height, width, _ = clips[0][1].shape
+    band = 24 + width // 4  # left of the rows, for their names
+    picture = Image.new("RGB", (band + count * width, len(clips) * height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for k, (name, frames) in enumerate(clips):
+        chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+        picture.paste(Image.fromarray(np.concatenate(frames[chosen], 1)), (band, k * height))
+        draw.text((band - 6, (k + 0.5) * height), name, "black", font, anchor="rm")
+    return picture
+
+
 def compute_dtype(precision, device):
     """The type that networks with fp32 weights compute in: bf16, or None for fp32.
 
@@ -245,6 +260,9 @@ def main():
     shown = shown_rows(rows)
     columns = [{r: clips.video(r) for r in shown}, videos["base"], videos["LoRA"]]
     write_video(out / "eval.mp4", side_by_side(columns, shown), wan.preset.fps)
+    named = [(name, column[r]) for r in shown[:: max(1, len(shown) - 1)]
+             for name, column in zip(("true", "base", "tuned"), columns)]  # fmt: skip
+    over_time(named).save(out / "over_time.webp", quality=90)
     print(f"{len(rows)} held-out clips, {options.seeds} noise seed(s); TF and FaceSim: higher is better")
     print(table([(name, mean_metrics(values)) for name, values in results.items()]))
 
