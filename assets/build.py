@@ -301,7 +301,7 @@ def dit(args):
     import torch
 
     from model import CONFIGS, WanDiT
-from weights import write_safetensors
+    from weights import write_safetensors
 
     start, latents = args.work / "start", args.work / "latents"
     if not (start / "dit.safetensors").exists():
@@ -376,8 +376,8 @@ def figures(args):
     import faces
 
     from data import Clips
-    from weights import load_model
     from reward import ArcFace, FaceReward
+    from weights import load_model
 
     wan, reward = load_model("tiny"), FaceReward.from_folder(ASSETS)
     train_clips, _, _ = codec.read_clips(args.work / "clips/train", args.work / "train.npy")

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import CONFIGS, CausalConv3d, Resample, WanVAE
-from weights import write_safetensors
 from reward import ArcFace, align
+from weights import write_safetensors
 
 # phase: steps, batch, frames, crop, peak learning rate of the kernels
 PHASES = [

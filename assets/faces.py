@@ -23,8 +23,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from codec import Optimizer, read_clips
 
-from weights import write_safetensors
 from reward import ArcFace, FaceDetector, align
+from weights import write_safetensors
 
 LAYERS, WIDTHS = (1, 2, 2, 1), (16, 32, 64, 128)
 MARGIN, SCALE = 0.35, 32.0

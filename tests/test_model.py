@@ -1,6 +1,8 @@
 """The networks against diffusers and transformers on random weights, and what they promise about caches and LoRA."""
 
+import contextlib
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,28 +11,25 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from cli import UserError
 from model import (
     CONFIGS,
     UMT5,
     DiTConfig,
     LoRALinear,
     UMT5Config,
-    UserError,
     VAEConfig,
     WanAttentionBlock,
     WanDiT,
     WanVAE,
     add_lora,
-    latent_window,
-    load_weights,
+    convolve,
     lora_disabled,
-    merge_lora,
     move_frozen,
     rope_apply,
     rope_table,
-    save_lora,
-    write_safetensors,
-)  # fmt: skip
+)
+from weights import load_weights, merge_lora, save_lora, write_safetensors
 
 SMALL = DiTConfig(
     dim=96,
@@ -226,7 +225,7 @@ def test_a_windowed_decode_keeps_the_gradient_within_its_window():
     video = vae.decode(latent)
     probe = torch.zeros_like(video)
     probe[:, :, 2:5, 17:30, 20:40] = torch.randn(1, 3, 3, 13, 20).double()
-    assert latent_window(probe, (4, 16, 16), 0) == (slice(0, 2), slice(1, 2), slice(1, 3))
+    assert vae.gradient_window(probe, 0) == (slice(0, 2), slice(1, 2), slice(1, 3))
     (whole,) = torch.autograd.grad(video, latent, probe)
 
     def windowed(margin, frames, probe=probe):
@@ -254,7 +253,7 @@ def test_a_windowed_decode_attends_to_the_whole_frame(monkeypatch):
         return float((near - whole).norm() / whole.norm())
 
     attending = off()
-    monkeypatch.setattr("model.paste", lambda seen, frame, window, halo, k, v, size: (k, v))
+    monkeypatch.setattr("model.set_into_frame", lambda keys_values, frame, window, halo, k, v, size: (k, v))
     alone = off()
     assert attending < 0.7 * alone, (attending, alone)
 
@@ -263,7 +262,9 @@ def test_checkpointed_blocks_have_the_same_gradient():
     dit = randomise(WanDiT(SMALL)).double()
     x, t, context = torch.randn(1, 12, 2, 4, 4).double(), torch.tensor([300.0]), torch.randn(1, 5, 40).double()
     grads = []
-    for dit.checkpointing, dit.offload in ((False, False), (True, False), (True, True)):
+    on_host = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=torch.cuda.is_available())
+    plain = contextlib.nullcontext
+    for dit.checkpointing, dit.saved_inputs in ((False, plain), (True, plain), (True, on_host)):
         dit.zero_grad()
         dit(x, t, context).square().sum().backward()
         grads.append([p.grad.clone() for p in dit.parameters()])
@@ -279,13 +280,13 @@ def test_a_block_keeps_its_widest_layer_once(monkeypatch):
     x, context = torch.randn(1, 8, SMALL.dim).double().requires_grad_(), torch.randn(1, 5, SMALL.dim).double()
     for layer in block.ffn[:2]:
         layer.register_forward_hook(lambda *call: wide.append(StorageWeakRef(call[-1].untyped_storage())))
-    y, _ = block(x, e, rope, context)
+    y = block(x, e, rope, context)
     assert [storage.expired() for storage in wide] == [False, True]  # before the GELU, after it
     trained = [x, *(p for p in block.parameters() if p.requires_grad)]
     for feed_forward in (WanAttentionBlock.feed_forward, lambda self, x: self.ffn(x)):
         monkeypatch.setattr(WanAttentionBlock, "feed_forward", feed_forward)
         with FlopCounterMode(display=False) as counter:
-            y, _ = block(x, e, rope, context)
+            y = block(x, e, rope, context)
             y.square().sum().backward()
         work.append(counter.get_total_flops())
         grads.append([p.grad for p in trained])
@@ -293,6 +294,25 @@ def test_a_block_keeps_its_widest_layer_once(monkeypatch):
             p.grad = None
     assert all(map(torch.equal, *grads))
     assert work[0] - work[1] == 2 * 8 * 2 * (SMALL.ffn_dim + SMALL.dim), work
+
+
+@pytest.mark.parametrize("shape, kernel, stride, padding", [
+    ((2, 3, 9, 8), (4, 3, 3, 3), 2, 1), ((2, 3, 8, 9), (4, 3, 1, 1), (2, 1), 0),
+    ((1, 3, 5, 7, 6), (4, 3, 3, 3, 3), 1, (0, 1, 1)), ((1, 3, 6, 4, 5), (4, 3, 3, 1, 1), (2, 1, 1), 0),
+])  # fmt: skip
+def test_a_frozen_convolution_has_the_gradient_of_any_stride_and_padding_and_keeps_no_input(
+    shape, kernel, stride, padding
+):
+    x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in (shape, kernel, (4,)))
+    x.requires_grad_()
+    plain = (nn.functional.conv2d if x.dim() == 4 else nn.functional.conv3d)(x, weight, bias, stride, padding)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.shape) or y, lambda y: y):
+        frozen = convolve(x, weight, bias, stride, padding)
+    assert torch.equal(frozen, plain) and kept == [weight.shape]
+    probe = torch.randn_like(plain)
+    (g,), (g_ref,) = torch.autograd.grad(frozen, x, probe), torch.autograd.grad(plain, x, probe)
+    assert torch.allclose(g, g_ref, rtol=1e-12, atol=1e-12)
 
 
 def test_what_goes_to_the_host_are_frozen_weights_only():
@@ -321,6 +341,48 @@ def test_vae_is_causal_and_holds_no_state():
     vae.decode(latent.requires_grad_(), 1).sum().backward()
     vae.decode(latent, 2, 0)[:, :, :3].sum().backward()
     assert state() == before and torch.equal(vae.decode(latent), a)
+
+
+@pytest.mark.parametrize("how", [(), (1,), (2,), (None, 4), (1, 4)])
+def test_a_vae_that_computes_in_bf16_gives_fp32_and_the_gradient_of_autocast_around_its_forward_pass(how):
+    vae = randomise(WanVAE(VAE_SMALL), 0.1).requires_grad_(False)
+    a, b = (torch.randn(1, 6, 3, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = vae.decode(a)
+    vae.compute_dtype = torch.bfloat16
+    video = vae.decode(b, *how)
+    assert video.dtype == torch.float32 and torch.equal(video, expected)
+    probe = torch.randn_like(video)
+    (g,), (g_ref,) = torch.autograd.grad(video, b, probe), torch.autograd.grad(expected, a, probe)
+    # sums over frames come in another order; to be computed in fp32 by mistake is 20 times as far off
+    assert g.dtype == torch.float32 and (g - g_ref).norm() <= 2e-3 * g_ref.norm()
+    latent = vae.encode(torch.rand(1, 3, 5, 32, 32))
+    assert latent.dtype == torch.float32 and vae.double().encode(torch.rand(1, 3, 5, 32, 32)).dtype == torch.float64
+
+
+def test_a_dit_computes_in_the_precision_it_is_given_and_leaves_an_outer_autocast_alone_without_one():
+    dit = randomise(WanDiT(SMALL))
+    x, t, context = torch.randn(1, 12, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 5, 40)
+    exact, kinds = dit(x, t, context), []
+    hook = dit.blocks[0].ffn[0].register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outer = dit(x, t, context)
+    dit.compute_dtype = torch.bfloat16
+    half = dit(x, t, context)
+    dit.compute_dtype = torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dit(x, t, context), exact)
+    hook.remove()
+    assert kinds == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert half.dtype == torch.float32 and torch.equal(half, outer) and not torch.equal(half, exact)
+
+
+def test_the_residual_stream_is_contiguous():
+    dit, strides = WanDiT(SMALL), []
+    for block in dit.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].is_contiguous()))
+    dit(torch.randn(2, 12, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 5, 40))
+    assert strides == [True] * SMALL.num_layers
 
 
 def test_vae_scale_normalises_and_is_undone():

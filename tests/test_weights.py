@@ -21,24 +21,22 @@ import data
 import model
 import sample
 import train
+import weights
+from cli import UserError
 from model import (
     CONFIGS,
     DiTConfig,
     UMT5Config,
-    UserError,
     VAEConfig,
     WanDiT,
     WanVAE,
     add_lora,
-    load_model,
-    load_weights,
     lora_layers,
-    merge_lora,
-    save_lora,
     tokenize,
 )
 from reward import TEMPLATE, FaceDetector, Faces
 from sample import condition, guided, rollout, sigmas, unipc
+from weights import load_model, load_weights, merge_lora, save_lora
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -240,7 +238,7 @@ def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world
                  "--ckpt", world[0] / f"{layout}-{name}", *(["--solver", solver] if solver else [])]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["sample.py", *map(str, arguments)])
     prompts = []
-    monkeypatch.setattr(model, "tokenize", lambda p, *rest: prompts.extend(p) or tokenize(["a man"] * len(p), *rest))
+    monkeypatch.setattr(weights, "tokenize", lambda p, *rest: prompts.extend(p) or tokenize(["a man"] * len(p), *rest))
     sample.main()
     assert prompts == ["a man smiles", sample.NEGATIVE]  # both presets have guidance on
     frames, fps = sample.read_video(out)
@@ -371,9 +369,10 @@ def test_an_fp8_scale_may_lie_in_another_shard(tmp_path):
 
 
 LOAD = """
-import re, sys, torch, model
-from model import DiTConfig, WanDiT, load_weights
-model.MAPPED = 20 * 2**20
+import re, sys, torch, weights
+from model import DiTConfig, WanDiT
+from weights import load_weights
+weights.MAPPED = 20 * 2**20
 cfg = DiTConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=64)
 with torch.device("meta"):
     dit = WanDiT(cfg)
@@ -393,7 +392,7 @@ def test_peak_memory_is_the_model_and_what_is_mapped_at_a_time(suffix, tmp_path)
     state = {k: torch.zeros(v.shape, dtype=torch.bfloat16) for k, v in dit.state_dict().items()}
     (save_file if suffix == "safetensors" else torch.save)(state, tmp_path / f"dit.{suffix}")
     code = [sys.executable, "-c", LOAD, str(tmp_path / f"dit.{suffix}")]
-    done = subprocess.run(code, cwd=Path(model.__file__).parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(code, cwd=Path(weights.__file__).parent, capture_output=True, text=True, check=True)
     grown, size = map(int, done.stdout.split())
     assert size < grown < size + 90e6, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
 
@@ -433,6 +432,16 @@ def damage_lost_shard(folder):
 def damage_broken_index(folder):
     next(folder.glob("*.index.json")).write_text("{")
     return ["not an index of shards"]
+
+
+def damage_index_that_leaves_the_folder(folder):
+    index = next(folder.glob("*.index.json"))
+    content = json.loads(index.read_text())
+    file = next(iter(content["weight_map"].values()))
+    (folder / file).rename(folder.parent / file)
+    content["weight_map"] = {k: f"../{v}" if v == file else v for k, v in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    return [f"names ../{file}, a file outside of its folder"]
 
 
 def damage_extra_keys(folder):
@@ -572,6 +581,39 @@ def test_swapped_and_doubled_experts_are_refused(world, tmp_path):
     file.rename(file.with_name("wan2.2_high_noise_copy.safetensors"))
     with pytest.raises(UserError, match="are both A14B's high-noise expert"):
         load_model("wan14b", comfy)
+
+
+@pytest.mark.parametrize("name", ["wan5b", "wan14b"])
+def test_networks_that_are_not_at_work_wait_on_the_host(name, world, monkeypatch):
+    """With one device at hand, what is moved where is written down instead."""
+    wan = load_model(name, world[0] / f"native-{name}", dtype=torch.float32)
+    experts = [wan.dit] if name == "wan5b" else [wan.dit.expert("high"), wan.dit.expert("low")]
+    names = dict(zip(map(id, experts), ("high", "low"))) | {id(wan.dit): "dit", id(wan.vae): "vae"}
+    assert wan.tuned is experts[-1]
+    moved = []
+    for module in (model, weights):
+        monkeypatch.setattr(module, "move_frozen", lambda m, device: moved.append((names[id(m)], str(device))))
+    wan.device = "device"
+
+    def moves(*parts):
+        moved.clear()
+        wan.at_work(*parts)
+        return set(moved)
+
+    assert not moves("vae") and not moves("dit")  # without offload nothing moves
+    wan.offload = True
+    assert moves("vae") == {("dit", "cpu"), ("vae", "device")}
+    if name == "wan5b":
+        assert moves("dit") == {("dit", "device"), ("vae", "cpu")}
+        assert moves("dit", "vae") == {("dit", "device"), ("vae", "device")}
+        return
+    assert moves("dit") == {("vae", "cpu")}
+    for expert in experts:
+        monkeypatch.setattr(expert, "forward", lambda x, *_: x)
+    for t, at_work in ((950.0, "high"), (10.0, "low")):  # by the latent's timestep
+        moved.clear()
+        wan.dit(torch.zeros(1, device="meta"), torch.tensor([t]), None)
+        assert moved == [(p, "meta" if p == at_work else "cpu") for p in ("high", "low")]
 
 
 # -------------------------------------------------------------------------------------------------------- LoRAs
