@@ -146,7 +146,7 @@ def rank_and_ranks():
 
 
 def gathered(rows, everywhere=True):
-    """The lists of all ranks as one, in rank order, on every rank; everywhere=False: on rank 0, an empty one elsewhere."""
+    """All ranks' lists as one, in rank order, on every rank; everywhere=False: on rank 0, elsewhere an empty one."""
     if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()

@@ -26,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cli import option, parse_options, run
-from model import CONFIGS, KEPT_FP32, WanDiT, WanVAE, add_lora
+from model import CONFIGS, WanDiT, WanVAE, add_lora
 from reward import ArcFace, FaceReward, Faces, folded, velocity_kl
 from sample import latent_size, pin, rollout, sigmas, velocity
 from train import TrainOptions, Tuning, ipro_step
+from weights import KEPT_FP32
 
 PEAK, SHARE = 989e12, 0.4  # an H100's dense bf16 FLOP/s, and the share of them that training is taken to reach
 FACE, CROP = 100, 144  # pixels a side: a face's box, and what ArcFace's crop covers around it

@@ -72,7 +72,7 @@ def compared_pairs(mask, pool_mask, fsm="pool"):
 
 
 def velocity_kl(v, v_ref, sigma, free=slice(1, None)):
-    """The regulariser of one sampling step, omega' |v - v_ref|² as a mean over elements, with omega' = 1/(2 sigma²): [B].
+    """The regulariser of one sampling step: omega' |v - v_ref|² as a mean over elements, omega' = 1/(2 sigma²); [B].
 
     v, v_ref [B, C, F', h, w]; sigma the step's noise level in 0..1, > 0; free: the latent frames that are sampled
     (default: all but the first, which image-to-video pins). A mean, so that its weight means the same at every size,

@@ -133,8 +133,9 @@ class Tuning:
         for b, row in enumerate(batch["row"]):
             clip, seen = video[b : b + 1], {name: value[b : b + 1] for name, value in faces.items()}
             watched = clip_metrics(clip, seen)
-            rows.append(dict(reward=None if seen["missing"] else float(reward[b]), missing=int(seen["missing"]),
-                             face_rate=watched["face_rate"], motion=watched["motion"], tf=watched["tf"], kl=0.0))  # fmt: skip
+            missing = int(seen["missing"])
+            rows.append(dict(reward=None if missing else float(reward[b]), missing=missing, kl=0.0,
+                             **{name: watched[name] for name in ("face_rate", "motion", "tf")}))  # fmt: skip
             if self.judge is not None:
                 rows[-1]["judge"] = self.judge.score(row, clip)
         return rows
@@ -298,8 +299,9 @@ def prepare(options, device):
     full = options.lora_rank == 0
     # all weights: fp32 masters, computed in bf16
     dtype = torch.float32 if full or options.precision == "fp32" else None
-    wan = load_model(options.model, options.ckpt, device, dtype, shard=shard if full and dist.is_initialized() else None,
-                     shift=options.shift, compute_dtype=compute_dtype(options.precision, device))  # fmt: skip
+    distribute = shard if full and dist.is_initialized() else None
+    wan = load_model(options.model, options.ckpt, device, dtype, shard=distribute, shift=options.shift,
+                     compute_dtype=compute_dtype(options.precision, device))  # fmt: skip
     wan.offload = options.offload
     tuned = reference = wan.tuned
     tuned.checkpointing = options.checkpointing

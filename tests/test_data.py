@@ -12,6 +12,7 @@ from cli import UserError
 from model import ASSETS
 from sample import read_video, to_tensor, write_video
 from tests.test_cli import run
+from weights import load_model
 
 
 @pytest.fixture(scope="module")

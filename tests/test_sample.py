@@ -204,7 +204,7 @@ def test_window_gradient_equals_autograd_through_the_last_steps(scene, window):
 
 
 def test_the_kl_s_gradient_passes_through_v_s_latent_and_not_through_the_reference_s(scene):
-    """What `velocity_kl` says of a step's gradient: the official code's, neither the whole chain's nor one at fixed x."""
+    """What `velocity_kl` says of a step's gradient: the official code's, not the whole chain's nor one at fixed x."""
     dit, noise, first, context = scene
     torch.manual_seed(1)
     reference = WanDiT(CFG).double().requires_grad_(False)
