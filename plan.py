@@ -32,6 +32,7 @@ from weights import KEPT_FP32
 
 PEAK, SHARE = 989e12, 0.4  # an H100's dense bf16 FLOP/s, and the share of them that training is taken to reach
 FACE, CROP = 100, 144  # pixels a side: a face's box, and what ArcFace's crop covers around it
+PHASES = ("rollout", "decode", "window", "optimizer")
 aten, profiler = torch.ops.aten, torch.ops.profiler
 FLOPS = flop_registry | {  # a CPU's fused attention, which fake tensors take, keeps what a GPU's keeps
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -68,7 +69,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is profiler._record_function_enter_new.default:
-            self.phases.append(args[0])
+            self.phases.append(args[0] if args[0] in PHASES else self.phases[-1])  # torch's own ranges are parts of ours
         if func is profiler._record_function_exit._RecordFunction:
             self.phases.pop()
         if func in (aten._local_scalar_dense.default, aten.equal.default):
@@ -231,12 +232,12 @@ def simulate(options, step=ipro_step):
         wan.at_work("dit")  # so that what the optimizer adds is weighed against all of it
         with record_function("optimizer"):
             weigh("gradients")
-            torch.optim.Adam([p for p in dit.parameters() if p.requires_grad]).step()
+            optimizer = torch.optim.Adam([p for p in dit.parameters() if p.requires_grad])
+            optimizer.step()
         meter.peaks["optimizer"] = before + share * (meter.peaks["optimizer"] - before)  # its passing tensors' too
         weigh("optimizer", share)
-    optimizer = sizes["optimizer"]
-    peaks = {phase: meter.peaks[phase] + optimizer * (phase != "optimizer")  # from step 2 on
-             for phase in ("rollout", "decode", "window", "optimizer")}  # fmt: skip
+    peaks = {phase: meter.peaks[phase] + sizes["optimizer"] * (phase != "optimizer")  # from step 2 on
+             for phase in PHASES}  # fmt: skip
     idle = sizes["transformer"] if preset.boundary and (share < 1 or not options.offload) else 0  # A14B's other expert
     if share < 1:
         idle += 2 * max(blocks)  # two at a time are gathered
