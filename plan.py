@@ -69,7 +69,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is profiler._record_function_enter_new.default:
-            self.phases.append(args[0] if args[0] in PHASES else self.phases[-1])  # torch's own ranges are parts of ours
+            self.phases.append(args[0] if args[0] in PHASES else self.phases[-1])  # torch's ranges are parts of ours
         if func is profiler._record_function_exit._RecordFunction:
             self.phases.pop()
         if func in (aten._local_scalar_dense.default, aten.equal.default):
