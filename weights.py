@@ -783,6 +783,16 @@ def check_experts(high, low):
         raise UserError(f"{high} and {low} hold the same weights: one expert was downloaded or copied twice")
 
 
+def add_own_loras(module, part, loras, add):
+    """Add those of some LoRAs that are for this transformer, and say so; add: `merge_lora` or `attach_lora`."""
+    for lora in loras:
+        if lora.part == part:
+            layers, unmatched = add(module, lora.path, lora.strength, part)
+            how = "merged into" if add is merge_lora else "beside"
+            found = f"{how} {layers} layers of the {NAMES[part]}, strength {lora.strength:g}"
+            print(f"{lora.path}: {found}; {len(unmatched)} names unmatched", flush=True)
+
+
 class Wan:
     """A preset's networks `dit`, `vae` and `text`, frozen and in eval mode, each read when it is first asked for.
 
@@ -848,12 +858,15 @@ class Wan:
         if self.preset.folder is None:
             kind = f"{done.tensors} tensors, {done.precision}, {done.layout}"
             print(f"{NAMES[part]}: {kind}: {self.paths[part]}", flush=True)
-        for add, how, loras in ((merge_lora, "into", self.base_loras), (attach_lora, "beside", self.loras)):
-            for lora in [lora for lora in loras if lora.part == part]:
-                layers, unmatched = add(module, lora.path, lora.strength, part)
-                print(f"{NAMES[part]}: {lora.path} {how} {layers} layers, strength {lora.strength:g}, "
-                      f"{len(unmatched)} of its names unmatched", flush=True)  # fmt: skip
+        add_own_loras(module, part, self.base_loras, merge_lora)
+        add_own_loras(module, part, self.loras, attach_lora)
         return module.eval().requires_grad_(False)
+
+    def attach(self, loras):
+        """Put further LoRAs beside the weights of the transformers that are in memory, and of those yet to be read."""
+        self.loras = [*self.loras, *loras]
+        for part, module in self.dit.named_children() if isinstance(self.dit, Experts) else [("dit", self.dit)]:
+            add_own_loras(module, part, loras, attach_lora)
 
     def at_work(self, *parts):
         """With `offload`, bring the loaded networks of these names to the device, and the others to the host.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
+import eval as evaluation
 import model
 import sample
 import train
@@ -249,7 +250,8 @@ def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world
 
 @pytest.mark.parametrize("name", ["wan5b", "wan14b"])
 def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, monkeypatch, capsys):
-    """data.py, train.py and --resume; of A14B's experts the low-noise one is tuned."""
+    """data.py, train.py and --resume on a distilled base; of A14B's experts the low-noise one is tuned. eval.py then
+    measures what training saw."""
     for split in ("train", "heldout"):
         (tmp_path / "clips" / split).mkdir(parents=True)
         for i in range(2):
@@ -268,22 +270,39 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
         main()
 
     program(data.main, tmp_path / "clips", "--out", tmp_path / "set", *ckpt)
-    out = ["--out", tmp_path / "run"]
-    program(train.main, *ckpt, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2, "--sampling_steps", 4,
-            "--window", 1, "--lr", 1e-3, "--lora_rank", 2, "--eval_clips", 2, "--offload")  # fmt: skip
+    dit = WanDiT(CONFIGS[name].dit)
+    for p in add_lora(dit, 2):
+        p.data += 0.1 * torch.randn_like(p)
+    file, out = tmp_path / "base=1.safetensors", ["--out", tmp_path / "run"]
+    save_lora(dit, file)
+    base = ["--base_lora", f"{file}:0.5" if name == "wan5b" else f"high={file},low={file}"]
+    program(train.main, *ckpt, *base, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2,
+            "--sampling_steps", 4, "--window", 1, "--lr", 1e-3, "--lora_rank", 2, "--eval_clips", 2,
+            "--offload")  # fmt: skip
     program(train.main, "--resume", *out, "--steps", 3)
-    assert "going on from step 2" in capsys.readouterr().out
+    said, transformers_ = capsys.readouterr().out, 1 if name == "wan5b" else 2
+    assert "going on from step 2" in said
+    assert said.count("base=1.safetensors: merged into 20 layers") == 2 * transformers_  # by both runs
+    assert f"{name}: 4 steps by euler, shift 5, no guidance, base LoRA {base[1]}" in said
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "held_out" not in row]
     assert [row["step"] for row in steps] == [0, 1, 2] and all(row["face_rate"] == 1 for row in steps)
     assert steps[0]["kl"] == 0 < steps[1]["kl"] and all(row["grad_norm"] > 0 for row in steps)
     lora = tmp_path / "run/lora.safetensors"
     assert any(v.any() for k, v in load_file(lora).items() if "lora_B" in k)
-    tuned, plain = (load_model(name, world[0] / f"native-{name}").dit for _ in range(2))
-    if name == "wan14b":
-        tuned, plain = tuned.expert("low"), plain.expert("low")
+    tuned, plain = (load_model(name, world[0] / f"native-{name}").tuned for _ in range(2))
     assert merge_lora(tuned, lora).layers == 2 * 10  # q, k, v, o of both attentions and two layers of feed-forward
     assert not all(map(torch.equal, tuned.parameters(), plain.parameters()))
+    program(evaluation.main, *ckpt, *base, "--data", tmp_path / "set", "--out", tmp_path / "report", "--lora", lora,
+            "--clips", 2, "--sampling_steps", 4)  # fmt: skip
+    part = "transformer" if name == "wan5b" else "low-noise expert"
+    assert f"lora.safetensors: beside 20 layers of the {part}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report/eval.json").read_text())
+    watched = {row["step"]: row["held_out"]["facesim"] for row in rows if "held_out" in row}
+    for column, step in (("base", 0), ("LoRA", 3)):
+        found = np.mean([clip["facesim"] for clip in report[column]])
+        assert found == pytest.approx(watched[step], abs=1e-5), column
+    assert watched[0] != watched[3]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
