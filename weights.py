@@ -403,7 +403,7 @@ def own_rows(weight):
 def load_weights(module, path, device=None, dtype=None, asked=""):
     """Load a checkpoint of any layout into a network; returns `Loaded`.
 
-    path: a .safetensors or .pth file, or a folder with one or with shards and their index. A network on the meta
+    path: a .safetensors, .pt or .pth file, or a folder with one or with shards and their index. A network on the meta
     device gets its weights on `device` in `dtype` (default: the file's); another keeps its own device and types.
     A WanDiT in half precision keeps norms, modulations, time embedding and head in fp32, as the reference computes
     them. Of weights that FSDP2 shards, each rank reads its own rows only. Raises UserError, before any weight
@@ -493,25 +493,18 @@ def lora_alpha(checkpoint, prefix):
     return config.get("lora_alpha")
 
 
-def read_lora(model, path, strength=1.0, part="dit"):
-    """A LoRA file's update of a WanDiT: ({module: {"down", "up", "diff", "diff_b"}}, names that the model has not).
+def match_lora(model, checkpoint, part):
+    """What a LoRA file holds for a WanDiT: ({module: {kind: key}}, names that the model has not, alpha or None).
 
-    dW = up @ down + diff, and diff_b is added to the bias; all fp32, with strength and alpha/rank multiplied in. Of a
-    file with both of A14B's experts, under `transformer.` and `transformer_2.` as Diffusers has them, `part` ("high",
-    "low") takes its own. Reads PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up`, both with `alpha`
-    (absent: `lora_alpha`'s, or the rank), and `diff`/`diff_b`/`diff_m` (whole differences of weight, bias and
-    modulation), under native, Diffusers or kohya module names with any usual prefix. Raises UserError if a shape does
-    not fit, half of a pair is missing, a layer's update is of another kind (DoRA, LoKr), a value is not finite, or
-    nothing at all matches.
+    By the headers. kind: "down", "up", "alpha", "diff" or "diff_b". Of a file with both of A14B's experts, under
+    `transformer.` and `transformer_2.` as Diffusers has them, `part` takes its own. UserError: see `read_lora`.
     """
-    checkpoint = Checkpoint(path)
-    keys, prefix = list(checkpoint.shapes), "transformer"
+    path, keys, prefix = checkpoint.path, list(checkpoint.shapes), "transformer"
     if any(k.startswith("transformer_2.") for k in keys):
         prefix = {"high": "transformer", "low": "transformer_2"}.get(part)
         if prefix is None:
             raise UserError(f"{path}: a LoRA of A14B's two experts, it goes with --model wan14b")
         keys = [k for k in keys if k.startswith(prefix + ".")]
-    alpha = lora_alpha(checkpoint, prefix)
     modules = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     weights = {n: m.weight for n, m in modules.items()}
     weights |= {n: p for n, p in model.named_parameters() if n.endswith("modulation")}
@@ -520,12 +513,12 @@ def read_lora(model, path, strength=1.0, part="dit"):
     known |= {plain_name(n): n for n in weights}
     found, unmatched = {}, set()
     for key in keys:
-        match = LORA_KEY.match(key.replace(".diff_m", ".modulation.diff"))
-        name = known.get(plain_name(match["module"])) if match else None
+        parsed = LORA_KEY.match(key.replace(".diff_m", ".modulation.diff"))
+        name = known.get(plain_name(parsed["module"])) if parsed else None
         if name is not None:
-            found.setdefault(name, {})[LORA_KINDS.get(match["kind"], match["kind"] or match["other"])] = key
-        elif match or not any(plain_name(key[: m.start()]) in known for m in re.finditer(r"\.", key)):
-            unmatched.add(PREFIX.sub("", match["module"] if match else key))
+            found.setdefault(name, {})[LORA_KINDS.get(parsed["kind"], parsed["kind"] or parsed["other"])] = key
+        elif parsed or not any(plain_name(key[: dot.start()]) in known for dot in re.finditer(r"\.", key)):
+            unmatched.add(PREFIX.sub("", parsed["module"] if parsed else key))
         else:
             raise UserError(f"{path}: {key} is no kind of update that can be added; without it the rest means little")
     if not found:
@@ -540,9 +533,22 @@ def read_lora(model, path, strength=1.0, part="dit"):
         if "down" in sizes:
             fits = fits and sizes["up"][:2] == (out, sizes["down"][0]) and sizes["down"][1] == inner[0]
         if not fits or ("diff_b" in kinds and getattr(modules.get(name), "bias", None) is None):
-            raise UserError(
-                f"{path}: {name} is {sizes}, the model's weight is {(out, *inner)}: a LoRA of another model"
-            )
+            size = f"{name} is {sizes}, the model's weight is {(out, *inner)}"
+            raise UserError(f"{path}: {size}: a LoRA of another model")
+    return found, sorted(unmatched), lora_alpha(checkpoint, prefix)
+
+
+def read_lora(model, path, strength=1.0, part="dit"):
+    """A LoRA file's update of a WanDiT: ({module: {"down", "up", "diff", "diff_b"}}, names that the model has not).
+
+    dW = up @ down + diff, and diff_b is added to the bias; all fp32, with strength and alpha/rank multiplied in. Reads
+    PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up`, both with `alpha` (absent: `lora_alpha`'s, or the
+    rank), and `diff`/`diff_b`/`diff_m` (whole differences of weight, bias and modulation), under native, Diffusers or
+    kohya module names with any usual prefix; part: see `match_lora`. Raises UserError if a shape does not fit, half of
+    a pair is missing, a layer's update is of another kind (DoRA, LoKr), a value is not finite, or nothing matches.
+    """
+    checkpoint = Checkpoint(path)
+    found, unmatched, alpha = match_lora(model, checkpoint, part)
     tensors = dict(checkpoint.read({key for kinds in found.values() for key in kinds.values()}))
     bad = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
     if bad:
@@ -552,11 +558,11 @@ def read_lora(model, path, strength=1.0, part="dit"):
         update = updates[name] = {kind: tensors[key].float() for kind, key in kinds.items()}
         own_alpha = update.pop("alpha", alpha)
         if "down" in update:
-            rank = len(update["down"])
-            update["up"] = strength * (1.0 if own_alpha is None else float(own_alpha) / rank) * update["up"]
+            scale = 1.0 if own_alpha is None else float(own_alpha) / len(update["down"])
+            update["up"] = strength * scale * update["up"]
         for kind in update.keys() & {"diff", "diff_b"}:
             update[kind] = strength * update[kind]
-    return updates, sorted(unmatched)
+    return updates, unmatched
 
 
 @torch.no_grad()
