@@ -27,8 +27,8 @@ from cli import UserError, gathered, option, parse_options, rank_and_ranks, run
 from data import Clips
 from model import ASSETS, CONFIGS
 from reward import FaceReward
-from sample import noise_like, rollout, sigmas, to_bytes, to_frames, to_tensor, write_video
-from weights import Checkpoint, load_model, load_weights, merge_lora
+from sample import noise_like, rollout, sampling_assumptions, sigmas, to_bytes, to_frames, to_tensor, write_video
+from weights import Checkpoint, find_preset, load_model, load_weights, parse_loras
 
 SHOWN = 6  # clips of a comparing video
 
@@ -211,7 +211,9 @@ def compute_dtype(precision, device):
 class EvalOptions:
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    lora: str = option("out/lora.safetensors", "the tuned model's LoRA, or all its weights (dit.safetensors)")
+    base_lora: str = option("", "a distilled base's LoRA, merged: [high=|low=]FILE[:STRENGTH], comma-separated")
+    lora: str = option("out/lora.safetensors", "the tuned model's LoRA (or LoRAs, as --base_lora), or all its weights "
+                       "(dit.safetensors)")  # fmt: skip
     data: str = option(str(ASSETS / "data"), "folder that data.py made")
     out: str = option("eval", "folder for eval.json and eval.mp4")
     faces: str = option(str(ASSETS), "folder with a face detector and encoder")
@@ -230,12 +232,21 @@ def main():
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not empty; name another folder")
-    if not Path(options.lora).is_file():
+    if options.lora == EvalOptions.lora and not Path(options.lora).is_file():
         raise UserError(f"--lora {options.lora}: no such file; train one with: python train.py")
+    preset = find_preset(options.model, options.ckpt, options.shift)
+    base = parse_loras(options.base_lora, preset, "--base_lora")
+    whole = Path(options.lora).is_file() and "head.head.weight" in Checkpoint(options.lora).shapes
+    loras = [] if whole else parse_loras(options.lora, preset)
+    if not whole and not loras:
+        raise UserError("--lora: what is to be measured? A LoRA, or all of a tuned model's weights")
+    if preset.folder is None:
+        steps = options.sampling_steps
+        print(sampling_assumptions(options.model, "euler", steps, preset.shift, 1, options.base_lora))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if options.precision == "fp32" else None
     wan = load_model(options.model, options.ckpt, device, dtype, shift=options.shift,
-                     compute_dtype=compute_dtype(options.precision, device))  # fmt: skip
+                     compute_dtype=compute_dtype(options.precision, device), base_loras=base)  # fmt: skip
     reward = FaceReward.from_folder(options.faces, device, tiled=options.tiled)
     judge = FaceReward.from_folder(options.judge, device, tiled=options.tiled) if options.judge else None
     print(f"face detector on {reward.detector.provider}")
@@ -245,10 +256,9 @@ def main():
     results, videos = {"true clip": true, "VAE": coded, "base": [], "LoRA": []}, {}
     for name in ("base", "LoRA"):
         if name == "LoRA":
-            if any(name.endswith("patch_embedding.weight") for name in Checkpoint(options.lora).shapes):
+            if whole:
                 load_weights(wan.tuned, options.lora)
-            else:
-                print(f"{options.lora}: merged into {merge_lora(wan.tuned, options.lora).merged} layers")
+            wan.attach(loras)
         for seed in range(options.seeds):
             metrics, frames = sample_held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
             results[name] += metrics
