@@ -61,7 +61,8 @@ MISTAKES = [
     ("train.py", ["--out", "grey.png/run"], "grey.png; name another folder"),
     ("data.py", ["empty", "--out", "made"], "no video in it"),
     ("data.py", ["empty", "--out", "full"], "not empty"),
-    ("eval.py", ["--lora", "none.safetensors"], "python train.py"),
+    ("eval.py", [], "python train.py"),
+    ("eval.py", ["--lora", "none.safetensors"], "none.safetensors: no such file"),
     ("assets/build.py", ["everything"], "stages are: clips, more"),
 ]
 
