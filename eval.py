@@ -27,7 +27,17 @@ from cli import UserError, gathered, option, parse_options, rank_and_ranks, run
 from data import Clips
 from model import ASSETS, CONFIGS
 from reward import FaceReward
-from sample import noise_like, rollout, sampling_assumptions, sigmas, to_bytes, to_frames, to_tensor, write_video
+from sample import (
+    fresh_noise,
+    noise_like,
+    rollout,
+    sampling_assumptions,
+    sigmas,
+    to_bytes,
+    to_frames,
+    to_tensor,
+    write_video,
+)
 from weights import Checkpoint, find_preset, load_model, load_weights, parse_loras
 
 SHOWN = 6  # clips of a comparing video
@@ -107,7 +117,7 @@ class Judge:
 
 
 @torch.no_grad()
-def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once=1, show=SHOWN):
+def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once=1, show=SHOWN, solver="euler"):
     """Sample held-out clips with noise that depends on clip and seed only; the ranks share the work.
 
     rows: the clips' numbers; steps: Euler steps; judge: a second FaceReward, whose FaceSim is reported as `judge`;
@@ -123,8 +133,11 @@ def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once
         batch = clips.batch(some)
         shape = clips.latent_shape(wan.preset, batch["row"][0])
         noise = torch.stack([noise_like(shape, seed, row) for row in some]).to(batch["context"].device)
+        fresh, first, y = None, batch.get("first"), batch.get("y")
+        if solver == "renoise":
+            fresh = fresh_noise(noise.shape, steps, *((seed, row) for row in some), device=noise.device)
         wan.at_work("dit")
-        (latent,) = rollout(wan.dit, noise, batch.get("first"), batch["context"], schedule, y=batch.get("y"))
+        (latent,) = rollout(wan.dit, noise, first, batch["context"], schedule, y=y, fresh=fresh)
         wan.at_work("vae")
         videos = wan.vae.decode(latent)
         for row, read, video in zip(some, batch["row"], videos.split(1)):
@@ -223,6 +236,7 @@ class EvalOptions:
     seeds: int = option(1, "samples of each clip, with different noise", least=1, most=1000)
     sampling_steps: int = option(8, "Euler steps of a sample", least=1, most=1000)
     shift: float = option(0.0, "of the noise schedule, as in training; 0 = the preset's", least=0)
+    solver: str = option("euler", "as in training", choices=("euler", "renoise"))
     precision: str = option("", "of the networks; default: bf16 where the device computes it natively",
                             choices=("", "bf16", "fp32"))  # fmt: skip
 
@@ -242,7 +256,7 @@ def main():
         raise UserError("--lora: what is to be measured? A LoRA, or all of a tuned model's weights")
     if preset.folder is None:
         steps = options.sampling_steps
-        print(sampling_assumptions(options.model, "euler", steps, preset.shift, 1, options.base_lora))
+        print(sampling_assumptions(options.model, options.solver, steps, preset.shift, 1, options.base_lora))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if options.precision == "fp32" else None
     wan = load_model(options.model, options.ckpt, device, dtype, shift=options.shift,
@@ -260,7 +274,8 @@ def main():
                 load_weights(wan.tuned, options.lora)
             wan.attach(loras)
         for seed in range(options.seeds):
-            metrics, frames = sample_held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge)
+            metrics, frames = sample_held_out(wan, reward, clips, rows, options.sampling_steps, seed, judge,
+                                              solver=options.solver)  # fmt: skip
             results[name] += metrics
             videos.setdefault(name, frames)
     out.mkdir(parents=True, exist_ok=True)
