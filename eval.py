@@ -250,7 +250,8 @@ def main():
         raise UserError(f"--lora {options.lora}: no such file; train one with: python train.py")
     preset = find_preset(options.model, options.ckpt, options.shift)
     base = parse_loras(options.base_lora, preset, "--base_lora")
-    whole = Path(options.lora).is_file() and "head.head.weight" in Checkpoint(options.lora).shapes
+    names = Checkpoint(options.lora).shapes if Path(options.lora).is_file() else ()
+    whole = any(name.endswith("patch_embedding.weight") for name in names)
     loras = [] if whole else parse_loras(options.lora, preset)
     if not whole and not loras:
         raise UserError("--lora: what is to be measured? A LoRA, or all of a tuned model's weights")
