@@ -578,10 +578,10 @@ def add_rounded(weight, update, name):
     if rows is not None:
         weight, update = weight.to_local(), update[rows]
     total = full_precision(weight) + update.to(weight.device)
-    if weight.dtype == torch.bfloat16:  # the upper half of an fp32 number's bits
-        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-        chance = torch.randint(2**16, total.shape, generator=generator, dtype=torch.int32, device=weight.device)
-        total = (total.view(torch.int32) + chance & -(2**16)).view(torch.float32)
+    if weight.dtype == torch.bfloat16:  # which is the upper half of an fp32 number's bits
+        generator, bits = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode())), total.view(torch.int32)
+        bits += torch.randint(2**16, bits.shape, generator=generator, dtype=torch.int32, device=weight.device)
+        bits &= -(2**16)
     weight.copy_(total)
 
 
