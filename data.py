@@ -23,24 +23,18 @@ import fcntl
 import functools
 import hashlib
 import html
-import http.client
 import io
-import itertools
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import string
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -54,6 +48,8 @@ from cli import UserError, option, parse_options, run
 from model import ASSETS, CONFIGS
 from reward import FaceReward, link, usable
 from sample import best_size, condition, fit, latent_size, read_picture, to_tensor
+from video import Refused, decode, read_span, resample, survey, upright
+from vlm import Unanswered, ask, yes_or_no
 from weights import find_preset, load_model, write_safetensors
 
 SPLITS = ("train", "heldout")
@@ -61,8 +57,8 @@ SPLITS = ("train", "heldout")
 
 @dataclass
 class DataOptions:
-    clips: str = option("", "folder of videos, searched through, each with a caption beside it (a.mp4, a.txt) or all in "
-                            "its metadata.csv; or a .csv or .jsonl of video,prompt rows")  # fmt: skip
+    clips: str = option("", "folder of videos, searched through, with captions beside them (a.mp4, a.txt) or in its "
+                            "metadata.csv; or a .csv or .jsonl of video,prompt rows")  # fmt: skip
     out: str = option("", "folder to make; one begun with the same options is continued")
     pairs: bool = option(False, "CLIPS is a .csv or .jsonl of image,prompt rows: make an evaluation set")
     model: str = option("tiny", "preset", choices=tuple(CONFIGS))
@@ -121,7 +117,8 @@ def motion_and_sharpness(video, info):
     """Mean |difference| of consecutive frames, and the mean over frames of the standard deviation of the Laplacian
     inside the largest face's box; both of the luma, in levels of 0..255. video [1, 3, F, H, W] in [-1, 1]."""
     luma = (video[0] * video.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0) * 127.5  # [F, H, W]
-    laplacian = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * luma[:, 1:-1, 1:-1]
+    kernel = luma.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    laplacian = F.conv2d(luma[:, None], kernel[None, None], padding=1)[:, 0]
     boxes = [(k, *info["boxes"][0, k].round().clamp(min=0).int().tolist()) for k in info["mask"][0].nonzero()[:, 0]]
     faces = [laplacian[k, y0:y1, x0:x1] for k, x0, y0, x1, y1 in boxes]
     spread = [float(face.std()) for face in faces if face.numel() > 1]
@@ -143,7 +140,7 @@ def filter_faces(reward, video, options):
         pool, mask = reward.identities(video, options.people)  # [P, F, D], [P, F]
         strangers = 1 - float(mask.sum()) / max(int(info["count"].sum()), 1)
     else:
-        numbers = Counter(number for (number,) in link(pool[mask].split(1)))
+        numbers = Counter(number for (number,) in link([face[None] for face in pool[mask]]))
         strangers = 1 - max(numbers.values(), default=0) / max(len(boxes), 1)
     unit = F.normalize(info["embeddings"][0][seen], dim=-1)
     agreement = float((unit @ unit.T).mean()) if len(unit) else 0.0
@@ -168,6 +165,28 @@ def filter_faces(reward, video, options):
     if sharpness < options.min_sharpness:
         refuse("sharpness", f"a face of sharpness {sharpness:.2f}, at least {options.min_sharpness:g} are wanted")
     return dict(pool=pool, pool_mask=mask.byte()), figures
+
+
+OCCLUDED = (
+    "These pictures are frames of one clip, in order. Look at the face of the person who is largest. Is a part of that "
+    "face hidden in any of them: by a hand, a mask, dark glasses, a microphone, a cup, another person, or anything "
+    "else in front of it? Turning away does not count. Answer with one word, yes or no."
+)
+CAPTION = (
+    "These pictures are frames of one clip, in order. Describe the clip in one paragraph of at most 80 words: who is "
+    "seen and what they look like, what they do from beginning to end, where they are, how the camera moves. Describe "
+    "only what is seen, and answer with the description alone."
+)
+
+
+def check_occlusion(options, pictures, figures):
+    """Refused where the vision-language model says that the face is occluded, or does not say whether it is."""
+    answer = ask(options.vlm, options.vlm_model, OCCLUDED, pictures, options.vlm_timeout)
+    occluded = yes_or_no(answer)
+    if occluded is None:
+        raise Refused("unclear", f"--vlm did not say yes or no to an occluded face, but {answer[:80]!r}", **figures)
+    if occluded:
+        raise Refused("occluded", f"the face is occluded, says {options.vlm_model}", **figures)
 
 
 def network_hash(module):
@@ -254,9 +273,7 @@ class Clips:
         cached, rows = zip(*map(self.read, rows))
         sizes = {tuple(self.rows[r]["size"]) for r in rows}
         if len(sizes) > 1:
-            raise UserError(
-                f"--data {self.folder}: clips of several sizes ({sorted(sizes)}); take them one at a time: --micro_batch 1"
-            )
+            raise UserError(f"--data {self.folder}: clips of several sizes in one batch; take --micro_batch 1")
         length = max(c["context"].shape[0] for c in cached)
         if cached[0].get("pool", torch.empty(0)).dim() == 3:  # clips of one person among clips of several
             most = max(len(c["pool"]) for c in cached)
@@ -390,7 +407,7 @@ def prepare(networks, pictures, caption, options, preset):
         with networks.timed("ask", len(shown)):
             check_occlusion(options, shown, figures)
             if not caption and options.vlm_captions:
-                caption = ask(options, CAPTION, shown)
+                caption = ask(options.vlm, options.vlm_model, CAPTION, shown, options.vlm_timeout)
     if not caption:
         raise Refused("caption", "an empty caption", **figures)
     with networks.timed("encode", 1):
@@ -505,6 +522,17 @@ def read_caption(item, optional):
 # One file: its clips into the cache, its lines for index.jsonl and rejected.jsonl
 
 
+def spans_of(start, end, options):
+    """The first frames of the clips that are taken of a shot."""
+    last = end - options.frames
+    if last < start:
+        return []
+    if options.spans == "uniform":
+        return sorted({round(k) for k in np.linspace(start, last, options.span_count)})
+    stride = options.frames if options.spans == "chunk" else options.span_stride or max(options.frames // 2, 1)
+    return [start] if options.spans == "head" else list(range(start, last + 1, stride))
+
+
 def spans_to_try(networks, item, options, fps):
     """What of a video is tried: yields (start frame, how many frames are repeated, its frames as functions)."""
     began = time.perf_counter()
@@ -538,9 +566,9 @@ def prepare_file(networks, item, options, preset):
     def refuse(refusal, **where):
         refused.append(dict(clip=item.name, kind=refusal.kind, reason=str(refusal)) | where | about | refusal.figures)
 
-    def keep(pictures, caption, start=0, **where):
+    def keep(pictures, caption, **where):
         row, tensors = prepare(networks, pictures, caption, options, preset)
-        mark = f"@{start}" if start else ""
+        mark = f"@{where['start']}" if where.get("start") else ""
         cache = Path("cache") / f"{item.name}{mark}.safetensors"
         (out / cache).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(tensors, out / cache)
@@ -687,24 +715,18 @@ def named_splits(items):
     return not stray
 
 
-def check_out(options):
-    """What --out was begun with, None where it is new. UserError where it cannot be gone on with."""
-    out = Path(options.out)
-    started = out / "options.json"
-    if not started.is_file():
+def check_out(out, options):
+    """UserError where a folder cannot be made, or what was begun in it not be gone on with."""
+    if not (out / "options.json").is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out}: exists and is not empty; name another folder")
-        return None
-    try:
-        begun = dict(json.loads(started.read_text()))
-    except ValueError:
-        begun = {}
-    now = told(options)
-    changed = [k for k in now if begun.get(k, now[k]) != now[k]]
-    if changed and read_parts(out):
-        k = changed[0]
-        raise UserError(f"--out {out}: begun with --{k} {begun[k]}, not {now[k]}; name another folder, or remove it")
-    return begun
+        return
+    with contextlib.suppress(ValueError):  # a kill cut it short: nothing else was begun
+        begun, now = json.loads((out / "options.json").read_text()), told(options)
+        changed = [k for k in now if begun.get(k, now[k]) != now[k]]
+        if changed and read_parts(out):
+            k = changed[0]
+            raise UserError(f"--out {out}: begun with --{k} {begun[k]}, not {now[k]}; name another folder")
 
 
 def told(options):
@@ -796,40 +818,32 @@ def finish(out, items, options, named):
     return kept, refused
 
 
-def main():
-    options = parse_options(DataOptions, doc=__doc__, positional=("clips",))
-    preset, out = check_options(options), Path(options.out)
-    check_out(options)
-    items = list_items(options.clips, options.pairs)
-    named = named_splits(items)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:  # a rank may wait long for the others at the end
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    if options.workers == 1:  # before anything is written: weights may be missing
-        start_worker(options, preset, torch.get_num_threads())
-    if rank == 0:
-        (out / "parts").mkdir(parents=True, exist_ok=True)
-        lock = open(out / "options.json", "a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {out}: another data.py is at work on it") from None
+def write_options(out, options):
+    """Write options.json; returns it open and locked until this process ends. UserError where it is locked already."""
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    lock = open(out / "options.json", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"--out {out}: another data.py is at work on it") from None
+    lock.seek(0)
+    text = json.dumps(told(options), indent=1) + "\n"
+    if lock.read() != text:
         lock.truncate(0)
-        lock.write(json.dumps(told(options), indent=1) + "\n")
+        lock.write(text)
         lock.flush()
-    if ranks > 1:
-        dist.barrier()
-    done = read_parts(out)
-    made_with = {row["encoder"] for kept, _ in done.values() for row in kept}
-    todo = [item for item in items[rank::ranks] if os.path.relpath(item.path, out) not in done]
-    if len(done) and rank == 0:
-        print(f"{out}: going on, {len(items) - len(todo)} of {len(items)} files are done")
+    return lock
+
+
+def prepare_files(todo, out, options, preset, rank, made_with):
+    """Prepare files and append their lines to parts/. Returns seconds and frames a stage, and how many --vlm did not
+    answer. made_with: the hash of the face encoder of what is done, if anything is."""
     seconds, frames, silent, row = Counter(), Counter(), 0, 0
-    began = time.perf_counter()
-    bar = tqdm(work_on(todo, options, preset), desc="files", total=len(todo), disable=rank > 0)
     with open(out / f"parts/{rank}.jsonl", "a") as part:
         part.write("\n")  # after a line that a kill may have cut short
-        for item, (lines, spent, count) in bar:
+        for item, (lines, spent, count) in tqdm(
+            work_on(todo, options, preset), desc="files", total=len(todo), disable=rank > 0
+        ):
             seconds, frames = seconds + spent, frames + count
             if isinstance(lines, str):
                 silent, row = silent + 1, row + 1
@@ -841,19 +855,45 @@ def main():
                 raise UserError(f"--faces {options.faces}: not the network that {out} was begun with")
             part.write(json.dumps([os.path.relpath(item.path, out), *lines]) + "\n")
             part.flush()
+    return seconds, frames, silent
+
+
+def main():
+    options = parse_options(DataOptions, doc=__doc__, positional=("clips",))
+    preset, out = check_options(options), Path(options.out)
+    check_out(out, options)
+    items = list_items(options.clips, options.pairs)
+    named = named_splits(items)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if options.workers == 1:  # before anything is written: weights may be missing
+        start_worker(options, preset, torch.get_num_threads())
+    if ranks > 1:  # a rank may wait long for the others at the end
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    if rank == 0:
+        lock = write_options(out, options)
+    if ranks > 1:
+        dist.barrier()
+    began, done = time.perf_counter(), read_parts(out)
+    todo = [item for item in items[rank::ranks] if os.path.relpath(item.path, out) not in done]
+    if done and rank == 0:
+        print(f"{out}: begun before, {len(done)} of {len(items)} files are done")
+    made_with = {row["encoder"] for kept, _ in done.values() for row in kept}
+    figures = prepare_files(todo, out, options, preset, rank, made_with)
     if ranks > 1:
         every = [None] * ranks
-        dist.all_gather_object(every, (seconds, frames, silent))
-        seconds, frames, silent = (sum(values[1:], values[0]) for values in zip(*every))
+        dist.all_gather_object(every, figures)
+        figures = [sum(values[1:], values[0]) for values in zip(*every)]
         dist.destroy_process_group()
     if rank > 0:
         return
+    seconds, frames, silent = figures
     for stage, spent in seconds.items():
-        print(f"{stage}: {frames[stage]} frames in {spent:.1f} s, {frames[stage] / max(spent, 1e-9):.1f} a second")
+        print(f"{stage}: {frames[stage]} frames in {spent:.1f} s, {frames[stage] / spent:.1f} a second")
     kept, refused = finish(out, items, options, named)
+    lock.close()
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(row["kind"] for row in refused).most_common())
-    print(f"{out}: {len(kept)} clips kept and {len(refused)} refused of {len(items)} files in "
-          f"{time.perf_counter() - began:.0f} s{f' ({kinds})' if kinds else ''}; see {out / 'report.html'}")  # fmt: skip
+    print(f"{out}: {len(items)} files in {time.perf_counter() - began:.0f} s, {len(kept)} clips kept, {len(refused)} "
+          f"refused{f' ({kinds})' if kinds else ''}; look at {out / 'report.html'}")  # fmt: skip
     if silent:
         print(f"{silent} files are still to do, since --vlm did not answer: run it again")
     if not kept:
