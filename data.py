@@ -492,12 +492,13 @@ def list_items(source, pairs=False):
     for number, row in enumerate(rows, 1):
         if not row.get(column) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{source}: row {number} has no {column} and prompt; it has {', '.join(map(str, row))}")
-        path = source.parent / row[column]
+        path, prompt = source.parent / row[column], row["prompt"].strip()
         name = name_of(path, source.parent)
-        if name in items and not pairs:
+        if pairs:  # a picture may have several prompts
+            name = f"{hashlib.sha256(prompt.encode()).hexdigest()[:8]}/{name}"
+        if name in items:
             raise UserError(f"{source}: row {number}: {row[column]} is in the list twice")
-        name = f"{number:06d}_{Path(name).name}" if pairs else name  # a picture may have several prompts
-        items[name] = Item(path, name, row["prompt"].strip())
+        items[name] = Item(path, name, prompt)
     if not items:
         raise UserError(f"{source}: no rows in it")
     return list(items.values())
@@ -561,7 +562,7 @@ def prepare_file(networks, item, options, preset):
     """The lines that an item gives index.jsonl and rejected.jsonl, (kept, refused); its cache files are written."""
     out, kept, refused = Path(options.out), [], []
     column = "image" if options.pairs else "video"
-    about = {column: os.path.relpath(item.path, out)}
+    about = {"file": item.name, column: os.path.relpath(item.path, out)}
 
     def refuse(refusal, **where):
         refused.append(dict(clip=item.name, kind=refusal.kind, reason=str(refusal)) | where | about | refusal.figures)
@@ -736,11 +737,11 @@ def told(options):
 
 
 def read_parts(out):
-    """What is done so far: of each file, by its path in the lines, its lines (kept, refused)."""
+    """What is done so far: of each file, by its name, its lines (kept, refused)."""
     done = {}
     for name, place in (("index.jsonl", 0), ("rejected.jsonl", 1)):
         for row in read_rows(out / name) if (out / name).is_file() else ():
-            done.setdefault(row.get("video") or row["image"], ([], []))[place].append(row)
+            done.setdefault(row["file"], ([], []))[place].append(row)
     for path in sorted((out / "parts").glob("*.jsonl")):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line that a kill cut short: its file is prepared again
@@ -799,15 +800,14 @@ def work_on(items, options, preset):
 def finish(out, items, options, named):
     """index.jsonl, rejected.jsonl and report.html from all files' lines; what else is in cache/ is removed."""
     done = read_parts(out)
-    files = [done[key] for item in items if (key := os.path.relpath(item.path, out)) in done]
+    files = [done[item.name] for item in items if item.name in done]
     kept = [row for rows, _ in files for row in rows]
     refused = [row for _, rows in files for row in rows]
-    column = "image" if options.pairs else "video"
-    order = sorted({row[column] for row in kept}, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    order = sorted({row["file"] for row in kept}, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     count = min(max(1, round(options.split * len(order))), len(order) - 1) if options.split else 0
     held = order if options.pairs else order[: max(count, 0)]
     for row in kept:  # all clips of a file on one side
-        row["split"] = row["clip"].split("/")[0] if named else SPLITS[row[column] in held]
+        row["split"] = row["clip"].split("/")[0] if named else SPLITS[row["file"] in held]
     names = {row["cache"] for row in kept}
     for path in [p for p in (out / "cache").rglob("*") if p.is_file() and str(p.relative_to(out)) not in names]:
         path.unlink()
@@ -853,7 +853,7 @@ def prepare_files(todo, out, options, preset, rank, made_with):
             row, made_with = 0, made_with | {line["encoder"] for line in lines[0]}
             if len(made_with) > 1:
                 raise UserError(f"--faces {options.faces}: not the network that {out} was begun with")
-            part.write(json.dumps([os.path.relpath(item.path, out), *lines]) + "\n")
+            part.write(json.dumps([item.name, *lines]) + "\n")
             part.flush()
     return seconds, frames, silent
 
@@ -874,7 +874,7 @@ def main():
     if ranks > 1:
         dist.barrier()
     began, done = time.perf_counter(), read_parts(out)
-    todo = [item for item in items[rank::ranks] if os.path.relpath(item.path, out) not in done]
+    todo = [item for item in items[rank::ranks] if item.name not in done]
     if done and rank == 0:
         print(f"{out}: begun before, {len(done)} of {len(items)} files are done")
     made_with = {row["encoder"] for kept, _ in done.values() for row in kept}

@@ -155,7 +155,7 @@ def troublemakers(tmp_path_factory):
     (clips / "flipped.mp4").write_bytes(flipped)
     hdr = dict(pix_fmt="yuv420p10le", **{"x264-params": "colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"})
     write(clips / "hdr.mp4", good, **hdr)
-    film = [np.tile(person(k), (14, 1, 1, 1))[:240] for k in (1, 2, 3, 1, 4, 2)]
+    film = [np.tile(person(k), (15, 1, 1, 1))[:240] for k in (1, 2, 3, 1, 4, 2)]
     write(clips / "three_minutes.mp4", np.concatenate(film), crf=14)
     late = scene(good, 256, 256, 60, 60, 170)
     late[:8] = late[0] * 0 + texture(256, 256)
@@ -343,7 +343,7 @@ def test_no_clip_crosses_a_cut_and_short_shots_are_told_of(prepared, tmp_path):
         ]
     assert starts == dict(head=[0, 50], chunk=[0, 17, 50, 67], slide=[0, 5, 10, 15, 20, 50, 55, 60, 65, 70],
                           uniform=[0, 12, 23, 50, 62, 73])  # fmt: skip
-    assert len(list((tmp_path / "out/cache").glob("*"))) == 14
+    assert len(list((tmp_path / "out/cache").glob("*"))) == 16
 
 
 # ------------------------------------------------------------------------------------------------------- the filters
@@ -580,7 +580,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(small_set, tmp_path):
     folder, _ = small_set
     command = [sys.executable, REPO / "data.py", folder / "clips", "--out", folder / "killed", "--spans", "chunk"]
     generator, kills = random.Random(0), 0
-    while kills < 4:  # as many as there are files: each in the midst of another
+    while kills < 3:
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seen = set((folder / "killed").rglob("*.safetensors"))
         while process.poll() is None and set((folder / "killed").rglob("*.safetensors")) == seen:
