@@ -101,6 +101,48 @@ class DataOptions:
 # What is kept
 
 
+def filter_faces(reward, video, options):
+    """The pool of a clip [1, 3, F, H, W] as tensors, and the figures that the index gives; Refused by the filters.
+
+    The pool is pool [F, D] with pool_mask [F], every frame's largest face; of several people [P, F, D] and [P, F].
+    """
+    info = reward.detect_and_embed(video)
+    seen, (height, width) = info["mask"][0], video.shape[-2:]  # [F]
+    boxes = info["boxes"][0][seen]
+    side = float((boxes[:, 2:] - boxes[:, :2]).max()) if len(boxes) else 0.0
+    side_960 = side * 960 / min(height, width)  # as the paper measures it, whatever the size here is
+    coverage, crowd = (float(share.float().mean()) for share in (seen, info["count"][0] > options.people))
+    pool, mask = info["embeddings"][0], seen
+    if options.people > 1:
+        pool, mask = reward.identities(video, options.people)
+        strangers = 1 - float(mask.sum()) / max(int(info["count"].sum()), 1)
+    else:
+        numbers = Counter(number for (number,) in link([face[None] for face in pool[mask]]))
+        strangers = 1 - max(numbers.values(), default=0) / max(len(boxes), 1)
+    unit = F.normalize(info["embeddings"][0][seen], dim=-1)
+    agreement = float((unit @ unit.T).mean()) if len(unit) else 0.0
+    motion, sharpness = motion_and_sharpness(video, info)
+    figures = dict(coverage=round(coverage, 3), face=round(side, 1), face_960=round(side_960, 1), crowd=round(crowd, 3),
+                   travel=round(face_travel(info), 4), agreement=round(agreement, 3), strangers=round(strangers, 3),
+                   motion=round(motion, 2), sharpness=round(sharpness, 2))  # fmt: skip
+    for kind, refused, reason in (
+        ("coverage", coverage < options.coverage or not seen.any(),
+         f"a face in {coverage:.0%} of the frames, {options.coverage:.0%} are needed"),
+        ("face size", side_960 > options.max_face,
+         f"a face of {side_960:.0f} px at 960p ({side:.1f} px of {width}x{height}), at most {options.max_face:g} are "
+         "allowed"),
+        ("people", crowd > 0.1, f"more than {options.people} face(s) in {crowd:.0%} of the frames"),
+        ("pool", strangers > 0.1, f"the pool disagrees with itself: {strangers:.0%} of its faces are of other people"),
+        ("motion", len(seen) > 1 and motion < options.min_motion,
+         f"frames change by {motion:.2f} levels, at least {options.min_motion:g} are wanted"),
+        ("sharpness", sharpness < options.min_sharpness,
+         f"a face of sharpness {sharpness:.2f}, at least {options.min_sharpness:g} is wanted"),
+    ):  # fmt: skip
+        if refused:
+            raise Refused(kind, reason, **figures)
+    return dict(pool=pool, pool_mask=mask.byte()), figures
+
+
 def face_travel(info):
     """How far a clip's face gets from its first place, from `detect_and_embed`: mean over frames, in sizes of the face.
 
@@ -126,47 +168,6 @@ def motion_and_sharpness(video, info):
     return motion, sum(spread) / max(len(spread), 1)
 
 
-def filter_faces(reward, video, options):
-    """The pool of a clip [1, 3, F, H, W] as tensors, and the figures that the index gives; Refused by the filters."""
-    info = reward.detect_and_embed(video)
-    seen = info["mask"][0]  # [F]
-    boxes = info["boxes"][0][seen]
-    side = float((boxes[:, 2:] - boxes[:, :2]).max()) if len(boxes) else 0.0
-    side_960 = side * 960 / min(video.shape[-2:])
-    motion, sharpness = motion_and_sharpness(video, info)
-    crowd = float((info["count"][0] > options.people).float().mean())
-    pool, mask = info["embeddings"][0], seen  # [F, D], [F]
-    if options.people > 1:
-        pool, mask = reward.identities(video, options.people)  # [P, F, D], [P, F]
-        strangers = 1 - float(mask.sum()) / max(int(info["count"].sum()), 1)
-    else:
-        numbers = Counter(number for (number,) in link([face[None] for face in pool[mask]]))
-        strangers = 1 - max(numbers.values(), default=0) / max(len(boxes), 1)
-    unit = F.normalize(info["embeddings"][0][seen], dim=-1)
-    agreement = float((unit @ unit.T).mean()) if len(unit) else 0.0
-    figures = dict(coverage=round(float(seen.float().mean()), 3), face=round(side, 1), face_960=round(side_960, 1),
-                   travel=round(face_travel(info), 4), agreement=round(agreement, 3), motion=round(motion, 2),
-                   sharpness=round(sharpness, 2), crowd=round(crowd, 3), strangers=round(strangers, 3))  # fmt: skip
-
-    def refuse(kind, reason):
-        raise Refused(kind, reason, **figures)
-
-    if seen.float().mean() < options.coverage or not seen.any():
-        refuse("coverage", f"a face in {seen.float().mean():.0%} of the frames, {options.coverage:.0%} are needed")
-    if side_960 > options.max_face:
-        refuse("face size", f"a face of {side_960:.0f} px at 960p ({side:.1f} px of {video.shape[-1]}x"
-                            f"{video.shape[-2]}), at most {options.max_face:g} are allowed")  # fmt: skip
-    if crowd > 0.1:
-        refuse("people", f"more than {options.people} face(s) in {crowd:.0%} of the frames")
-    if strangers > 0.1:
-        refuse("pool", f"the pool disagrees with itself: {strangers:.0%} of the faces are of other people")
-    if len(seen) > 1 and motion < options.min_motion:
-        refuse("motion", f"frames change by {motion:.2f} levels, at least {options.min_motion:g} are wanted")
-    if sharpness < options.min_sharpness:
-        refuse("sharpness", f"a face of sharpness {sharpness:.2f}, at least {options.min_sharpness:g} are wanted")
-    return dict(pool=pool, pool_mask=mask.byte()), figures
-
-
 OCCLUDED = (
     "These pictures are frames of one clip, in order. Look at the face of the person who is largest. Is a part of that "
     "face hidden in any of them: by a hand, a mask, dark glasses, a microphone, a cup, another person, or anything "
@@ -189,12 +190,18 @@ def check_occlusion(options, pictures, figures):
         raise Refused("occluded", f"the face is occluded, says {options.vlm_model}", **figures)
 
 
-def network_hash(module):
-    """A hash of a network's weights: two embeddings can be compared where it is the same."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+@torch.no_grad()
+def fingerprint(encoder):
+    """Eight numbers that tell face encoders apart, whatever file, device and precision they come in: the first ones of
+    the unit embedding of a fixed picture."""
+    ramp = torch.linspace(-1, 1, 3 * encoder.size**2).view(1, 3, encoder.size, encoder.size)
+    embedding = encoder(ramp.to(next(encoder.parameters()).device))
+    return [round(value, 4) for value in F.normalize(embedding.float(), dim=-1)[0, :8].tolist()]
+
+
+def same_encoder(a, b):
+    """Are two fingerprints of one encoder? Those of two differ by 0.04 a number, those of bf16 and fp32 by 0.0005."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < 0.005
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,11 +251,9 @@ class Clips:
     def check_encoder(self, encoder):
         """UserError where the pools were made with another face encoder than the given one."""
         made_with = self.rows[0].get("encoder")
-        if made_with and made_with != network_hash(encoder):
-            raise UserError(
-                f"--data {self.folder}: its faces were embedded with another network (weights {made_with}) than "
-                f"--faces has ({network_hash(encoder)}); make the set anew with the same --faces"
-            )
+        if made_with and not same_encoder(made_with, fingerprint(encoder)):
+            raise UserError(f"--data {self.folder}: its faces were embedded with another network than that of --faces; "
+                            f"name the folder that data.py was given, or make the set anew")  # fmt: skip
 
     def spread(self, count):
         """At most `count` row numbers, evenly spread, so that they cover as many identities as they can."""
@@ -323,7 +328,7 @@ class Networks:
     def __init__(self, options, device):
         self.wan = load_model(options.model, options.ckpt, device)
         self.reward = FaceReward.from_folder(options.faces, device, tiled=options.tiled)
-        self.encoder = network_hash(self.reward.encoder)
+        self.encoder = fingerprint(self.reward.encoder)
         self.seconds, self.frames = Counter(), Counter()
         self.reward.encoder.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter()))
         self.reward.encoder.register_forward_hook(lambda *_: self.add("embed", time.perf_counter() - self.began))
@@ -444,11 +449,7 @@ def name_of(path, folder):
     """A name for a file that holds for its cache too: its path in the folder, or, where it lies elsewhere or that is
     no file name of ours, a hash of its path before its own name."""
     name = os.path.relpath(path, folder)
-    try:
-        usable = len(name.encode()) < 200 and not name.startswith("..")
-    except UnicodeEncodeError:  # a file name that is not UTF-8
-        usable = False
-    if usable:
+    if not name.startswith("..") and len(os.fsencode(name)) < 200 and name.encode(errors="ignore") == os.fsencode(name):
         return name
     stem = Path(path).stem.encode(errors="replace")[-80:].decode(errors="replace")
     return f"elsewhere/{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}_{stem}{Path(path).suffix}"
@@ -458,8 +459,11 @@ def find_videos(folder):
     """The videos in a folder and all below it, sorted; links are followed, each folder is entered once."""
     found, entered = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in entered:
+            folders.clear()
+            continue
         entered.add(os.path.realpath(place))
-        folders[:] = [f for f in sorted(folders) if os.path.realpath(os.path.join(place, f)) not in entered]
+        folders.sort()
         found += [Path(place, f) for f in files if Path(f).suffix.lower() in VIDEOS and not f.startswith("._")]
     return sorted(found)
 
@@ -723,17 +727,18 @@ def check_out(out, options):
             raise UserError(f"--out {out}: exists and is not empty; name another folder")
         return
     with contextlib.suppress(ValueError):  # a kill cut it short: nothing else was begun
-        begun, now = json.loads((out / "options.json").read_text()), told(options)
+        begun, now = json.loads((out / "options.json").read_text()), options_of_set(options)
         changed = [k for k in now if begun.get(k, now[k]) != now[k]]
         if changed and read_parts(out):
             k = changed[0]
             raise UserError(f"--out {out}: begun with --{k} {begun[k]}, not {now[k]}; name another folder")
 
 
-def told(options):
+def options_of_set(options):
     """The options that decide what the set holds, as options.json has them."""
-    apart = ("clips", "out", "faces", "workers", "vlm", "vlm_timeout", "split")
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items() if k not in apart}
+    others = ("clips", "out", "faces", "workers", "vlm", "vlm_timeout", "split")
+    values = {name: value for name, value in dataclasses.asdict(options).items() if name not in others}
+    return values | dict(size=list(options.size))
 
 
 def read_parts(out):
@@ -764,7 +769,7 @@ def start_worker(options, preset, threads):
     worker = Networks(options, device), options, preset
 
 
-def work(item, *start):
+def prepare_item(item, *start):
     """Prepare an item: its lines (kept, refused), or the text of Unanswered; and seconds and frames of each stage."""
     if worker is None:
         start_worker(*start)
@@ -778,16 +783,16 @@ def work(item, *start):
     return lines, *spent
 
 
-def work_on(items, options, preset):
-    """Yield (item, what `work` returns) as items are finished, by --workers processes."""
+def prepare_all(items, options, preset):
+    """Yield (item, what `prepare_item` returns) as items are finished, by --workers processes."""
     threads = max(1, torch.get_num_threads() // options.workers)
     if options.workers == 1:
         for item in items:
-            yield item, work(item, options, preset, threads)
+            yield item, prepare_item(item, options, preset, threads)
         return
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, spawn) as pool:
-        futures = {pool.submit(work, item, options, preset, threads): item for item in items}
+        futures = {pool.submit(prepare_item, item, options, preset, threads): item for item in items}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
@@ -827,7 +832,7 @@ def write_options(out, options):
     except OSError:
         raise UserError(f"--out {out}: another data.py is at work on it") from None
     lock.seek(0)
-    text = json.dumps(told(options), indent=1) + "\n"
+    text = json.dumps(options_of_set(options), indent=1) + "\n"
     if lock.read() != text:
         lock.truncate(0)
         lock.write(text)
@@ -837,25 +842,25 @@ def write_options(out, options):
 
 def prepare_files(todo, out, options, preset, rank, made_with):
     """Prepare files and append their lines to parts/. Returns seconds and frames a stage, and how many --vlm did not
-    answer. made_with: the hash of the face encoder of what is done, if anything is."""
-    seconds, frames, silent, row = Counter(), Counter(), 0, 0
+    answer. made_with: the face encoder's fingerprint in what is done, in a list, empty if nothing is."""
+    seconds, frames, unanswered, failures = Counter(), Counter(), 0, 0
     with open(out / f"parts/{rank}.jsonl", "a") as part:
         part.write("\n")  # after a line that a kill may have cut short
-        for item, (lines, spent, count) in tqdm(
-            work_on(todo, options, preset), desc="files", total=len(todo), disable=rank > 0
-        ):
+        finished = prepare_all(todo, options, preset)
+        for item, (lines, spent, count) in tqdm(finished, desc="files", total=len(todo), disable=rank > 0):
             seconds, frames = seconds + spent, frames + count
             if isinstance(lines, str):
-                silent, row = silent + 1, row + 1
-                if row == 3:
+                unanswered, failures = unanswered + 1, failures + 1
+                if failures == 3:
                     raise UserError(f"{lines} (three files in a row); what is done is kept: run it again to go on")
                 continue
-            row, made_with = 0, made_with | {line["encoder"] for line in lines[0]}
-            if len(made_with) > 1:
+            failures, new = 0, [line["encoder"] for line in lines[0]]
+            made_with = made_with or new[:1]
+            if new and not same_encoder(made_with[0], new[0]):
                 raise UserError(f"--faces {options.faces}: not the network that {out} was begun with")
             part.write(json.dumps([item.name, *lines]) + "\n")
             part.flush()
-    return seconds, frames, silent
+    return seconds, frames, unanswered
 
 
 def main():
@@ -875,9 +880,13 @@ def main():
         dist.barrier()
     began, done = time.perf_counter(), read_parts(out)
     todo = [item for item in items[rank::ranks] if item.name not in done]
+    if rank == 0:
+        height, width = preset.size
+        print(f"largest face: {options.max_face:g} px at 960p, {options.max_face * min(preset.size) / 960:.1f} px of "
+              f"{width}x{height}")  # fmt: skip
     if done and rank == 0:
         print(f"{out}: begun before, {len(done)} of {len(items)} files are done")
-    made_with = {row["encoder"] for kept, _ in done.values() for row in kept}
+    made_with = [row["encoder"] for kept, _ in done.values() for row in kept][:1]
     figures = prepare_files(todo, out, options, preset, rank, made_with)
     if ranks > 1:
         every = [None] * ranks
@@ -886,7 +895,7 @@ def main():
         dist.destroy_process_group()
     if rank > 0:
         return
-    seconds, frames, silent = figures
+    seconds, frames, unanswered = figures
     for stage, spent in seconds.items():
         print(f"{stage}: {frames[stage]} frames in {spent:.1f} s, {frames[stage] / spent:.1f} a second")
     kept, refused = finish(out, items, options, named)
@@ -894,8 +903,8 @@ def main():
     kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(row["kind"] for row in refused).most_common())
     print(f"{out}: {len(items)} files in {time.perf_counter() - began:.0f} s, {len(kept)} clips kept, {len(refused)} "
           f"refused{f' ({kinds})' if kinds else ''}; look at {out / 'report.html'}")  # fmt: skip
-    if silent:
-        print(f"{silent} files are still to do, since --vlm did not answer: run it again")
+    if unanswered:
+        print(f"{unanswered} files are still to do, since --vlm did not answer: run it again")
     if not kept:
         raise UserError(f"no clip of {options.clips} passed the filters; see {out / 'rejected.jsonl'}")
     if not options.pairs and not any(row["split"] == "heldout" for row in kept):

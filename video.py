@@ -32,9 +32,9 @@ def decode(path, begin=0.0):
     """
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise Refused("unreadable", f"{path.name}: no video in it, only {len(container.streams)} other streams")
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")
+            if stream is None:
+                raise Refused("unreadable", "no video in it")
             stream.thread_type = "AUTO"
             aspect, unit, rate = stream.sample_aspect_ratio or 1, stream.time_base, stream.guessed_rate or 25
             first = last = time = None
@@ -65,11 +65,11 @@ def decode(path, begin=0.0):
                 last, time = now, float(now - first)
             length = stream.duration * unit if stream.duration else (container.duration or 0) / av.time_base
             if time is None:
-                raise Refused("unreadable", f"{path.name}: a video without frames")
+                raise Refused("unreadable", "a video without frames")
             if time < 0.9 * float(length) - 0.5:
                 raise Refused("truncated", f"it ends at {time:.1f} of {float(length):.1f} s: the file is cut short")
     except (av.FFmpegError, OSError) as error:
-        raise Refused("unreadable", f"{path.name}: not a readable video ({error})") from None
+        raise Refused("unreadable", f"not a readable video ({error.strerror})") from None
 
 
 def resample(decoded, fps):

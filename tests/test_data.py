@@ -29,6 +29,7 @@ import data
 from cli import UserError
 from data import Clips, DataOptions, face_travel, filter_faces, list_items, prepare_file
 from model import ASSETS
+from reward import ArcFace
 from sample import read_video, to_tensor
 from tests.test_cli import REPO, run
 from video import Refused, decode, find_cuts, read_span, resample, survey
@@ -262,7 +263,8 @@ def write_numbered(path, count, **options):
 
 def test_frames_are_taken_by_their_time(tmp_path):
     numbers, repeated = picked(write_numbered(tmp_path / "60.mp4", 61, fps=60), 24)
-    assert not any(repeated) and all(abs(n / 60 - k / 24) <= 0.5 / 60 + 1e-9 for k, n in enumerate(numbers)) and len(numbers) == 25
+    assert len(numbers) == 25 and not any(repeated)
+    assert all(abs(n / 60 - k / 24) <= 0.5 / 60 + 1e-9 for k, n in enumerate(numbers))
     assert picked(write_numbered(tmp_path / "16.mp4", 33, fps=16), 16)[0] == list(range(33))  # as it is
     assert picked(write_numbered(tmp_path / "ms.mkv", 49, fps=24), 24)[0] == list(range(49))  # times in whole ms
     numbers, repeated = picked(write_numbered(tmp_path / "12.mp4", 13, fps=12), 24)
@@ -331,19 +333,18 @@ def test_a_still_film_or_none_has_no_cut():
     assert list(find_cuts([still] * 40, 16)) == [] and list(find_cuts([], 16)) == []
 
 
-def test_no_clip_crosses_a_cut_and_short_shots_are_told_of(prepared, tmp_path):
+def test_no_clip_crosses_a_cut_and_short_shots_are_told_of(networks, prepared, tmp_path):
     path = write(tmp_path / "film.mp4", film(walk(1, 40), 0, walk(2, 10), 0, walk(3, 40)), crf=14)
-    starts = {}
+    starts, item = {}, data.Item(path, path.name)
     for spans, more in dict(head={}, chunk={}, slide=dict(span_stride=5), uniform=dict(span_count=3)).items():
-        kept, refused = prepared(path, spans=spans, **more)
-        starts[spans] = [row["start"] for row in kept]
-        assert all(row["start"] + 17 <= 40 or row["start"] >= 50 for row in kept)
-        assert [row["reason"] for row in refused] == [
-            "10 frames between two cuts, from 5.00 s, 17 are needed (at 8 a second)"
-        ]
+        tried = data.spans_to_try(networks, item, DataOptions(frames=17, spans=spans, **more), 8)
+        starts[spans] = [start for start, _, pictures in tried if len(pictures) == 17]
     assert starts == dict(head=[0, 50], chunk=[0, 17, 50, 67], slide=[0, 5, 10, 15, 20, 50, 55, 60, 65, 70],
                           uniform=[0, 12, 23, 50, 62, 73])  # fmt: skip
-    assert len(list((tmp_path / "out/cache").glob("*"))) == 16
+    kept, refused = prepared(path)
+    assert [row["clip"] for row in kept] == ["film", "film@50"]
+    assert [row["reason"] for row in refused] == ["10 frames between two cuts, from 5.00 s, 17 are needed (at 8 a second)"]
+    assert sorted(p.name for p in (tmp_path / "out/cache").iterdir()) == [f"film.mp4{x}.safetensors" for x in ("", "@50")]
 
 
 # ------------------------------------------------------------------------------------------------------- the filters
@@ -616,8 +617,8 @@ def test_several_processes_make_the_same_set(small_set, how, tmp_path):
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path):
-    held = data.write_options(tmp_path, DataOptions())
-    code = f"import data, pathlib; data.write_options(pathlib.Path({str(tmp_path)!r}), data.DataOptions())"
+    held = data.write_options(tmp_path, DataOptions(size=(128, 128)))
+    code = f"import data, pathlib; data.write_options(pathlib.Path({str(tmp_path)!r}), data.DataOptions(size=(8, 8)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert "another data.py is at work" in done.stderr
     held.close()
@@ -647,9 +648,11 @@ def test_a_set_made_with_another_face_encoder_is_refused(networks):
     clips = Clips(ASSETS / "data", "train")
     clips.rows[0]["encoder"] = networks.encoder
     clips.check_encoder(networks.reward.encoder)
-    clips.rows[0]["encoder"] = "0123456789abcdef"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        other = ArcFace((1, 1, 1, 1)).eval()
     with pytest.raises(UserError, match="embedded with another network"):
-        clips.check_encoder(networks.reward.encoder)
+        clips.check_encoder(other)
 
 
 @pytest.mark.parametrize("cache", ("../secret.safetensors", "/etc/secret.safetensors", "cache/../../secret"))
