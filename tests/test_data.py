@@ -579,6 +579,7 @@ def test_of_four_clips_one_is_held_out(small_set):
     assert re.search(r"embed: 204 frames in .* a second", said) and "encode: 12" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(small_set, tmp_path):
     folder, _ = small_set
     command = [sys.executable, REPO / "data.py", folder / "clips", "--out", folder / "killed", "--spans", "chunk"]
@@ -601,6 +602,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(small_set, tmp_path):
     assert other.returncode == 2 and "begun with --coverage 0.4, not 0.5" in other.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ("workers", "torchrun"))
 def test_several_processes_make_the_same_set(small_set, how, tmp_path):
     folder, _ = small_set
