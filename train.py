@@ -614,6 +614,7 @@ def main():
     unseen = Clips(options.data, "heldout", device, options.model)
     check_clips(clips, options)
     tuning = prepare(options, device)
+    clips.check_encoder(tuning.reward.encoder)
     tuning.judge = Judge(options.judge, clips, device) if options.judge else None
     say(f"face detector on {tuning.reward.detector.provider}")
     held_out = HeldOut(tuning, unseen, out)

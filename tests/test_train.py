@@ -442,7 +442,7 @@ def test_a_run_that_cannot_step_stops_and_a_clip_that_cannot_be_read_is_replaced
     data = tmp_path / "data"
     shutil.copytree(small_set, data)
     shutil.copytree(small_set.parent / "clips", tmp_path / "clips")
-    files = sorted((data / "cache").glob("train*.safetensors"))
+    files = sorted((data / "cache").glob("train/*.safetensors"))
     files[2].write_bytes(b"torn")
     run_ = tune(tmp_path, data, "--steps", 4)
     text, _ = run_.communicate()
