@@ -63,6 +63,7 @@ from sample import (
 from weights import find_preset, load_model, parse_loras, save_lora, write_safetensors
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process is no fault
+warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)  # a block's output is not changed in place
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -345,7 +346,9 @@ def shard(dit):
     """
     for module in (*dit.blocks, dit):
         fully_shard(module)
-        module.set_gradient_divide_factor(1.0)  # the ranks' gradients are summed: a loss is a share of the step's mean
+        # the ranks' gradients are summed: a loss is a share of the step's mean
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # and by a plain sum, which gloo can do too
 
 
 # ---------------------------------------------------------------------------------------------------------------
