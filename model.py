@@ -1010,11 +1010,16 @@ class Experts(nn.Module):
             self.add_module(name, self.load(name))
         return self._modules[name]
 
-    def forward(self, x, t, context, y=None):
-        expert = self.expert("high" if float(t.max()) >= 1000 * self.boundary else "low")
+    def bring(self, name, device):
+        """The expert of that name, with `offload` on the device and the other one on the host."""
+        expert = self.expert(name)
         if self.offload and not sharded(self):
             for module in self.children():
-                move_frozen(module, x.device if module is expert else "cpu")
+                move_frozen(module, device if module is expert else "cpu")
+        return expert
+
+    def forward(self, x, t, context, y=None):
+        expert = self.bring("high" if float(t.max()) >= 1000 * self.boundary else "low", x.device)
         return expert(x, t, context, y)
 
 

@@ -127,7 +127,8 @@ class PlannedWan:
         frozen = {name: sum(p.nbytes for p in getattr(self, name).parameters() if not p.requires_grad)
                   for name in ("dit", "vae")}  # fmt: skip
         self.meter.add(sum(frozen[name] for name in self.resting))
-        self.resting = [name for name in frozen if name != part and self.offload]
+        at_work = "dit" if part == "tuned" else part
+        self.resting = [name for name in frozen if name != at_work and self.offload]
         self.meter.add(-sum(frozen[name] for name in self.resting))
 
 

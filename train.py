@@ -98,7 +98,7 @@ def ipro_step(tuning, batch, noise, fresh=None):
 
     # 3. Send g back through the last K steps, one step's graph at a time, and charge each for its velocity KL.
     with record_function("window"):
-        wan.at_work("dit")
+        wan.at_work("tuned")
         for i, x, v, loss in window_backward(tuning.model, latents, sigma, context, grad, y, fresh):
             with torch.no_grad(), lora_disabled(tuning.reference):
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)

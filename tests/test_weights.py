@@ -719,9 +719,10 @@ def test_networks_that_are_not_at_work_wait_on_the_host(name, world, monkeypatch
     assert moves("vae") == {("dit", "cpu"), ("vae", "device")}
     if name == "wan5b":
         assert moves("dit") == {("dit", "device"), ("vae", "cpu")}
-        assert moves("dit", "vae") == {("dit", "device"), ("vae", "device")}
+        assert moves("dit", "vae") == {("dit", "device"), ("vae", "device")} and moves("tuned") == moves("dit")
         return
     assert moves("dit") == {("vae", "cpu")}
+    assert moves("tuned") == {("low", "device"), ("high", "cpu"), ("vae", "cpu")}  # called without the sampler
     for expert in experts:
         monkeypatch.setattr(expert, "forward", lambda x, *_: x)
     for t, at_work in ((950.0, "high"), (10.0, "low")):  # by the latent's timestep
