@@ -985,7 +985,7 @@ def sharded(network):
 
 
 def move_frozen(network, device):
-    """Move a network's frozen weights. (A trained one that changes its device loses what DDP has hooked to it.)"""
+    """Move a network's frozen weights; the trained ones stay where their gradients and the optimizer's state are."""
     for p in network.parameters():
         if not p.requires_grad:
             p.data = p.data.to(device)
@@ -1026,7 +1026,7 @@ class Experts(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 # LoRA: what is tuned of a frozen network
 
-LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # of both attentions, and the feed-forward layers
 
 
 class LoRALinear(nn.Linear):

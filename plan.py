@@ -157,7 +157,7 @@ def straight_step(tuning, batch, noise):
         x, loss = rollout(wan.dit, noise, first, context, sigma, options.window, y)[0], 0
     with record_function("window"):
         for i in range(options.sampling_steps - options.window, options.sampling_steps):
-            v = velocity(tuning.model, x, sigma[i], context, y)
+            v = velocity(tuning.tuned, x, sigma[i], context, y)
             with torch.no_grad():
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)
             loss = loss + options.kl_weight * velocity_kl(v, v_ref, float(sigma[i])).sum() / options.window

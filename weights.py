@@ -878,8 +878,8 @@ class Wan:
         """With `offload`, bring the loaded networks of these names to the device, and the others to the host.
 
         "dit", "vae", "text", and "tuned", which is the dit, or of A14B the low-noise expert alone. Their frozen weights
-        move; trained ones, and networks that FSDP2 shards, stay where they are. With "dit", each of A14B's experts comes
-        to the device when the sampler reaches it, and the other one leaves.
+        move; trained ones, and networks that FSDP2 shards, stay where they are. With "dit", each of A14B's experts
+        comes to the device when the sampler reaches it, and the other one leaves.
         """
         if not self.offload:
             return
