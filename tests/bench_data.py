@@ -200,8 +200,8 @@ def speed(folder):
         shutil.copy(folder / "films/0.txt", folder / f"films/{k}.txt")
     for name in ("tiny", "films"):
         for workers in (1, 2):
-            said, seconds, used, _ = run(folder / name, "--out", folder / f"{name}{workers}", "--workers", workers, "--spans",
-                                   "chunk", "--max_face", 960)  # fmt: skip
+            said, seconds, used, _ = run(folder / name, "--out", folder / f"{name}{workers}", "--workers", workers,
+                                         "--spans", "chunk", "--max_face", 960)  # fmt: skip
             print(f"{name}, --workers {workers}: {seconds:.1f} s, {used:.1f} CPU s in all\n" + said, flush=True)
 
 
@@ -212,7 +212,8 @@ def memory(folder):
         (folder / name).mkdir()
         for suffix in (".mp4", ".txt"):
             (folder / f"{name}{suffix}").rename(folder / name / f"{name}{suffix}")
-        said, seconds, used, peak = run(folder / name, "--out", folder / f"{name}_set", "--spans", "chunk", "--max_face", 960)
+        said, seconds, used, peak = run(folder / name, "--out", folder / f"{name}_set", "--spans", "chunk",
+                                        "--max_face", 960)  # fmt: skip
         print(f"{name}: peak {peak:.0f} MB in {seconds:.0f} s, {used:.0f} CPU s\n" + said, flush=True)
 
 
