@@ -177,7 +177,7 @@ def repeat(source, path, times):
 
 
 def run(*arguments):
-    """data.py: what it printed, its seconds, and its peak memory in MB (of the process itself, without workers)."""
+    """data.py: what it printed, its seconds, those of CPUs, and its peak memory in MB (without workers)."""
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, REPO / "data.py", *map(str, arguments)], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)  # fmt: skip
@@ -185,7 +185,7 @@ def run(*arguments):
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"data.py {arguments} failed")
-    return said, time.perf_counter() - began, usage.ru_maxrss / 1024
+    return said, time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def speed(folder):
@@ -200,9 +200,9 @@ def speed(folder):
         shutil.copy(folder / "films/0.txt", folder / f"films/{k}.txt")
     for name in ("tiny", "films"):
         for workers in (1, 2):
-            said, seconds, _ = run(folder / name, "--out", folder / f"{name}{workers}", "--workers", workers, "--spans",
-                                   "chunk", "--max_face", 960)  # fmt: skip
-            print(f"{name}, --workers {workers}: {seconds:.1f} s in all\n" + said)
+            said, seconds, used, _ = run(folder / name, "--out", folder / f"{name}{workers}", "--workers", workers,
+                                         "--spans", "chunk", "--max_face", 960)  # fmt: skip
+            print(f"{name}, --workers {workers}: {seconds:.1f} s, {used:.1f} CPU s in all\n" + said, flush=True)
 
 
 def memory(folder):
@@ -212,8 +212,9 @@ def memory(folder):
         (folder / name).mkdir()
         for suffix in (".mp4", ".txt"):
             (folder / f"{name}{suffix}").rename(folder / name / f"{name}{suffix}")
-        said, seconds, peak = run(folder / name, "--out", folder / f"{name}_set", "--spans", "chunk", "--max_face", 960)
-        print(f"{name}: peak {peak:.0f} MB in {seconds:.0f} s\n" + said, flush=True)
+        said, seconds, used, peak = run(folder / name, "--out", folder / f"{name}_set", "--spans", "chunk",
+                                        "--max_face", 960)  # fmt: skip
+        print(f"{name}: peak {peak:.0f} MB in {seconds:.0f} s, {used:.0f} CPU s\n" + said, flush=True)
 
 
 def kills(folder, count=20):

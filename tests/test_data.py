@@ -452,6 +452,31 @@ def test_lists_name_videos_and_prompts_and_their_mistakes_are_told(tmp_path):
         list_items(tmp_path / "nowhere")
 
 
+MISTAKES = {
+    "nowhere --out x": "no such folder or file", "clips/a.mp4 --out x": "neither a folder nor",
+    "empty --out x": "no video in it", "clips": "--out DIR is needed", "clips --out full": "is not empty",
+    "clips --out x --coverage 2": "at most 1", "clips --out x --people 0": "at least 1",
+    "clips --out x --max_face nan": "finite", "clips --out x --frames 16": "nearest is 17",
+    "clips --out x --spans every": "choose from head, chunk", "clips --out x --vlm_captions": "needs --vlm URL",
+    "clips --out x --pairs": "a .csv or .jsonl of image,prompt rows is needed",
+    "clips --out x --workers 0": "at least 1",
+    "clips --out x --model wan5b": "needs --ckpt DIR", "clips --out x --faces empty": "no face detector in it",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_told_before_anything_is_written(arguments, tmp_path, monkeypatch):
+    for folder in ("clips", "empty", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "clips/a.mp4").write_bytes(b"")
+    (tmp_path / "full/something").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=re.escape(MISTAKES[arguments])):
+        program(monkeypatch, *arguments.split())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_evaluation_set_is_made_of_pictures_and_prompts(tmp_path, monkeypatch, capsys, networks):
     for name, picture in dict(face=person(0)[0], close=person(0, 1)[0], none=texture(128, 128)).items():
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
