@@ -15,7 +15,6 @@ stopped run goes on where it was when it is started again. Means are over people
 are compared clip by clip; seeds are repeats of a person. Writes results.json (every clip) and report.html into --out.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -37,9 +35,11 @@ import report
 from cli import UserError, gathered, leave_ranks, option, parse_options, rank_and_ranks, run, start_ranks
 from data import Clips
 from model import ASSETS, CONFIGS
+from report import CONTROLS
+from report import table as table  # for train.py, which imports what it shows from here
 from reward import FaceReward
 from sample import noise_like, read_video, rollout, sigmas, to_bytes, to_frames, to_tensor, write_video
-from weights import Checkpoint, blank, find_preset, load_model, load_weights, match, merge_lora
+from weights import Checkpoint, blank, expected, find_preset, load_model, load_weights, match, merge_lora
 
 SHOWN = 6  # clips of a comparing video
 
@@ -178,65 +178,6 @@ class Judge:
         return None if faces["missing"] else float(score)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Statistics: people are drawn, clips and seeds are repeats of a person
-
-
-def interval(values, statistic=lambda mean: mean, draws=2000):
-    """A statistic of the mean of n people's values [n] or [n, k], with its 95 % bootstrap interval: (it, low, high).
-
-    The percentile interval is too short for few people; its level is widened until it is the t interval where the mean
-    is normal (Hesterberg 2015, arXiv 1411.5279, section 4.4). One person has no interval: (it, None, None).
-    """
-    values = np.asarray(values, float)
-    n = len(values)
-    if n < 2:
-        return float(statistic(values.mean(0))), None, None
-    chosen = np.random.default_rng(0).integers(n, size=(draws, n))
-    drawn = statistic(values[chosen].mean(1))
-    tail = scipy.stats.norm.cdf(np.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1))
-    low, high = np.quantile(drawn[np.isfinite(drawn)], [tail, 1 - tail])
-    return float(statistic(values.mean(0))), float(low), float(high)
-
-
-def by_person(pairs):
-    """(person, value) pairs, a value a number or several, to each person's mean; what is None is left out."""
-    values = {}
-    for person, value in pairs:
-        if value is not None:
-            values.setdefault(person, []).append(value)
-    return {person: np.mean(v, 0) for person, v in values.items()}
-
-
-def mean_of(rows, metric):
-    """A metric's mean over people, as a dict of mean, low, high and people; None where no row has it."""
-    values = list(by_person((row["person"], row.get(metric)) for row in rows).values())
-    if not values:
-        return None
-    return dict(zip(("mean", "low", "high"), interval(values)), people=len(values))
-
-
-def difference(base, tuned, metric):
-    """A metric's difference, tuned - base, over the clips and seeds that both have it for; None where there are none.
-
-    A dict of difference, low, high, people, improved (the people whose value rises), and ratio, ratio_low, ratio_high:
-    the tuned mean over the base's.
-    """
-    before = {(row["clip"], row["seed"]): row.get(metric) for row in base}
-    pairs = [(row["person"], (row[metric], before[row["clip"], row["seed"]])) for row in tuned
-             if row.get(metric) is not None and before.get((row["clip"], row["seed"])) is not None]  # fmt: skip
-    if not pairs:
-        return None
-    values = np.array(list(by_person(pairs).values()))  # [people, 2]
-    gain = values[:, 0] - values[:, 1]
-    result = dict(zip(("difference", "low", "high"), interval(gain)), people=len(gain), improved=int((gain > 0).sum()))
-    if values[:, 1].mean() > 0:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = interval(values, lambda mean: mean[..., 0] / mean[..., 1])
-        result |= dict(zip(("ratio", "ratio_low", "ratio_high"), ratio))
-    return result
-
-
 def mean_metrics(results):
     """Means over clips, by metric; what a clip lacks is left out of its mean."""
     values = {n: [r[n] for r in results if r[n] is not None] for n in results[0]}
@@ -295,21 +236,6 @@ def shown_rows(rows, most=SHOWN):
     return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, min(most, len(rows))).round()]
 
 
-COLUMNS = dict(facesim=("FaceSim", 3), facesim_from_1=("from 1 on", 3), judge=("judge's", 3), face_rate=("face rate", 3),
-               motion=("motion", 4), tf=("TF", 4))  # fmt: skip
-
-
-def table(rows, columns=COLUMNS):
-    """Rows of (name, means by metric) as text; columns: {metric: (title, digits)}; a dash where there is no mean."""
-    shown = {n: c for n, c in columns.items() if any(n in means for _, means in rows)}
-    wide = max(12, *(len(name) + 2 for name, _ in rows))
-    lines = [" " * wide + "".join(f"{title:>11}" for title, _ in shown.values())]
-    for name, means in rows:
-        values = [f"{'-':>11}" if means.get(n) is None else f"{means[n]:11.{digits}f}" for n, (_, digits) in shown.items()]
-        lines.append(f"{name:{wide}}" + "".join(values))
-    return "\n".join(lines)
-
-
 def side_by_side(columns, rows):
     """Several clips as one video: a row of the picture a clip, a column a version; columns: dicts of uint8 [F, H, W, 3]
     by clip."""
@@ -327,10 +253,6 @@ def compute_dtype(precision, device):
 
 # ---------------------------------------------------------------------------------------------------------------
 # The clips of an evaluation: --out/input/<name>.png and --out/clips/<version>/<name>-<seed>.mp4
-
-CONTROLS = dict(true="true clip", vae="VAE", still="frame 0 repeated")
-SIZES = ((0, 32), (32, 64), (64, 100), (100, None))  # px, the longer side of the face in the input picture
-
 
 def clip_names(clips):
     """A file name for every clip of a set, as VBench wants it: its prompt; those after the first get a number."""
@@ -354,9 +276,10 @@ def is_whole(path, shape):
 
 
 def write_missing(folder, jobs, make, fps):
-    """Write the clips of jobs, {file name: (row, seed, shape)}, that `folder` does not hold whole; the ranks share them.
+    """Write the clips of jobs, {file name: (row, seed, shape)}, that `folder` does not hold whole.
 
-    make(row, seed) returns uint8 frames [F, H, W, 3]. Returns {row: why it cannot be made}, the same on every rank.
+    The ranks share them. make(row, seed) returns uint8 frames [F, H, W, 3]. Returns {row: why it cannot be made}, the
+    same on every rank.
     """
     rank, ranks = rank_and_ranks()
     folder.mkdir(parents=True, exist_ok=True)
@@ -424,8 +347,9 @@ def write_all(options, clips, names, jobs, tuned, device):
         left = {name: job for name, job in jobs.items() if job[0] not in wrong}
         wrong.update(write_missing(out / "clips" / version, left, make, wan.preset.fps))
 
-    write("true", once, lambda row, seed: clips.video(row))
-    write("vae", once, through_vae)
+    if "image" not in clips.rows[0]:
+        write("true", once, lambda row, seed: clips.video(row))
+        write("vae", once, through_vae)
     write("still", once, lambda row, seed: np.repeat(picture(row)[None], clips.rows[row]["frames"], 0))
     for version, path in ({"base": None} | tuned).items():
         if any(not is_whole(out / "clips" / version / name, job[2]) for name, job in jobs.items()):
@@ -455,7 +379,7 @@ def score_all(out, files, scorers):
     """Score the clips of files, {"version/name": (input picture, shape)}, by each of scorers; the ranks share them.
 
     scorers: {its name and settings: function of uint8 frames [F, H, W, 3], the picture [H, W, 3] and fps to a dict}.
-    Returns {file: metrics} and {file: why it cannot be scored}, the same on every rank. One clip is in memory at a time.
+    Returns {file: metrics} and {file: why it cannot be scored}, the same on every rank. One clip is in memory.
     """
     rank, ranks = rank_and_ranks()
     known, wrong, own = read_scores(out), [], list(files)[rank::ranks]
@@ -507,72 +431,26 @@ def read_scorers(options, device):
 
         scorers[f"judge ({kind})"] = judged
     for column, score in external_metrics.read_networks(options.vbench_weights, device).items():
-        scorers[column] = lambda frames, picture, fps, column=column, score=score: {
-            column.lower(): score(torch.from_numpy(frames).to(device), fps)
-        }
+
+        def scored(frames, picture, fps, column=column, score=score):
+            with torch.no_grad():
+                return {column.lower(): score(torch.from_numpy(frames).to(device), fps)}
+
+        scorers[column] = scored
+    if options.vlm:
+        scorers[f"hacking ({options.vlm_model})"] = lambda frames, picture, fps: external_metrics.hacking(
+            options, frames, picture
+        )
     return scorers
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Results
-
-# metric: (title, digits, factor); first what the paper's Table 1 shows
-TABLE_1 = dict(facesim_from_1=("FaceSim", 3, 1), sc=("SC", 2, 100), bc=("BC", 2, 100), aq=("AQ", 2, 100),
-               iq=("IQ", 2, 100), tf=("TF", 2, 100), dd=("DD", 2, 100), ms=("MS", 2, 100))  # fmt: skip
-FACES = dict(facesim_from_1=("FaceSim", 3, 1), facesim=("frame 0 too", 3, 1), facesim_zero=("faceless 0", 3, 1),
-             faceless=("faceless %", 1, 100), judge=("judge's", 3, 1), opens2v=("OpenS2V's", 3, 1),
-             hacked=("hacked %", 1, 100))  # fmt: skip
-MOTION = dict(motion=("motion", 4, 1), yaw_range=("yaw range °", 1, 1), mouth_width=("mouth width", 4, 1),
-              mouth_opening=("mouth opens", 4, 1), eye_opening=("eyes open", 4, 1))  # fmt: skip
-METRICS = TABLE_1 | FACES | MOTION
-
-
-def summarise(rows, tuned):
-    """The statistics of all clips' metrics, rows of dicts of version, clip, person, seed and metrics.
-
-    Returns {version: dict of means, over_time, by_size}, each mean as `mean_of` gives it, and {tuned model: {metric:
-    `difference` to the base}}.
-    """
-    versions = {}
-    for version in dict.fromkeys(row["version"] for row in rows):
-        own = [row for row in rows if row["version"] == version]
-        means = {metric: mean for metric in METRICS if (mean := mean_of(own, metric))}
-        by_time = [[row | dict(cosine=row["over_time"][i]) for row in own if i < len(row["over_time"])]
-                   for i in range(max(len(row["over_time"]) for row in own))]  # fmt: skip
-        by_size = {f"{low} to {high} px" if high else f"{low} px and more":
-                   mean_of([row for row in own if low <= (row["face_size"] or 0) < (high or np.inf)], "facesim_from_1")
-                   for low, high in SIZES}  # fmt: skip
-        over_time = [mean_of(at, "cosine") for at in by_time]
-        versions[version] = dict(means=means, over_time=over_time, by_size=by_size)
-    base = [row for row in rows if row["version"] == "base"]
-    differences = {name: {metric: d for metric in METRICS if (d := difference(base, own, metric))}
-                   for name in tuned if (own := [row for row in rows if row["version"] == name])}  # fmt: skip
-    for version in versions.values():  # less than half of the base's motion: a FaceSim that was bought with it
-        moves = version["means"].get("motion")
-        version["frozen"] = moves is None or moves["mean"] < 0.5 * versions["base"]["means"]["motion"]["mean"]
-    return versions, differences
-
-
-def terminal_tables(results):
-    """What the terminal shows of results.json's content."""
-    parts = []
-    for title, columns in (("in the form of the paper's Table 1 (VBench times 100; - not computed)", TABLE_1),
-                           ("faces", FACES), ("motion and expression", MOTION)):  # fmt: skip
-        rows = [(CONTROLS.get(name, name), {m: v["means"][m]["mean"] * METRICS[m][2] for m in columns if m in v["means"]})
-                for name, v in results["versions"].items()]  # fmt: skip
-        if title[:2] == "in":
-            rows = [(name, dict.fromkeys(columns) | means) for name, means in rows]
-        parts.append(f"{title}\n" + table(rows, {m: c[:2] for m, c in columns.items()}))
-    for name, differences in results["differences"].items():
-        lines = [f"{name} - base, over {results['people']} people, with 95 % intervals"]
-        for metric, d in differences.items():
-            title, digits, factor = METRICS[metric]
-            values = [d[k] and d[k] * factor for k in ("difference", "low", "high")]
-            bounds = f"[{values[1]:+.{digits}f}, {values[2]:+.{digits}f}]" if values[1] is not None else "[one person]"
-            kept = f"  {d['ratio']:.0%} of the base's" if metric in MOTION and "ratio" in d else ""
-            lines.append(f"  {title:12}{values[0]:+9.{digits}f} {bounds:22} up for {d['improved']} of {d['people']}{kept}")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+def not_computed(options, rows):
+    """Which columns the results lack, and what to do about it: {column: command}."""
+    lacking = {c: f"{command} && python eval.py --vbench_weights {options.vbench_weights or 'DIR'} ..."
+               for c, command in external_metrics.missing(options.vbench_weights).items() if c.lower() not in rows[0]}
+    if "eye_opening" not in rows[0]:
+        lacking["openings of eyes and mouth"] = f"2d106det.onnx, of InsightFace's antelopev2, into {options.faces}"
+    return lacking
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -583,8 +461,8 @@ def terminal_tables(results):
 class EvalOptions:
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    lora: str = option("out/lora.safetensors", "tuned models, comma-separated, each as FILE or name=FILE: a LoRA, or all "
-                                               "weights (dit.safetensors)")  # fmt: skip
+    lora: str = option("out/lora.safetensors", "tuned models, comma-separated, each as FILE or name=FILE: a LoRA, or "
+                                               "all weights (dit.safetensors)")  # fmt: skip
     data: str = option(str(ASSETS / "data"), "folder that data.py made, of clips or of pairs")
     out: str = option("eval", "folder for the clips and the results; one begun with the same options is continued")
     faces: str = option(str(ASSETS), "folder with a face detector and encoder")
@@ -592,8 +470,8 @@ class EvalOptions:
     tiled: bool = option(False, "detect again, enlarged and in tiles, where faces are small against the frame")
     people: str = option("largest", "whose faces are measured: each frame's largest, or every person's of the picture",
                          choices=("largest", "all"))  # fmt: skip
-    person: str = option("", "regular expression: its match in a clip's name says who it shows; default: every clip shows "
-                             "another person, and in the tiny set the name without its last number")  # fmt: skip
+    person: str = option("", "regular expression: its match in a clip's name says who it shows; default: each clip "
+                             "shows somebody else, and in the tiny set the name without its last number")  # fmt: skip
     clips: int = option(60, "held-out clips to sample", least=1)
     seeds: int = option(1, "samples of each clip, with different noise", least=1, most=1000)
     sampling_steps: int = option(8, "Euler steps of a sample", least=1, most=1000)
@@ -612,8 +490,6 @@ class EvalOptions:
 
 
 FIXED = ("model", "ckpt", "data", "faces", "judge", "sampling_steps", "shift", "precision")  # while --out is continued
-BETTER = dict(facesim_from_1=1, facesim=1, facesim_zero=1, judge=1, opens2v=1, sc=1, bc=1, aq=1, iq=1, tf=1, ms=1,
-              faceless=-1, hacked=-1)  # fmt: skip
 
 
 def tuned_models(text):
@@ -639,7 +515,7 @@ def check(options, tuned):
     part = "dit" if preset.boundary is None else "low"
     for path in tuned.values():
         if holds_weights(path):
-            match(blank(preset, part), Checkpoint(path), part)
+            match(blank(preset, part), Checkpoint(path), expected(preset, part))
         else:
             merge_lora(blank(preset, part), path)
     out = Path(options.out)
@@ -649,7 +525,7 @@ def check(options, tuned):
     if out.exists() and any(out.iterdir()) and not (out / "options.json").is_file():
         raise UserError(f"--out {out}: exists, is not empty and is no evaluation; name another folder")
     if options.vbench and not (Path(options.vbench) / "bin/vbench").is_file():
-        raise UserError(f"--vbench {options.vbench}: no bin/vbench in it; python -m venv DIR && DIR/bin/pip install vbench")
+        raise UserError(f"--vbench {options.vbench}: no bin/vbench in it; pip install vbench==0.1.5 there")
     try:
         re.compile(options.person)
     except re.error as error:
@@ -667,7 +543,8 @@ def begin(options, tuned):
         saved = json.loads((out / "options.json").read_text())
         changed = [name for name, value in about.items() if saved[name] != value]
         if changed:
-            raise UserError(f"--out {out}: was begun with another --{changed[0]} ({saved[changed[0]]}); name another folder")
+            before = f"--{changed[0]} ({saved[changed[0]]})"
+            raise UserError(f"--out {out}: was begun with another {before}; name another folder")
         other = [name for name, digest in digests.items() if saved["tuned"].get(name, digest) != digest]
         if other:
             raise UserError(f"--out {out}: its clips of {other[0]!r} are another file's than {tuned[other[0]]}; name "
@@ -679,35 +556,84 @@ def begin(options, tuned):
 
 
 def person_of(row, options):
-    """Who a clip of the set shows: what the set says, or --person's match in its name, or the clip as a person of its
-    own (spans of one video are one)."""
-    pattern = options.person or (r"^.*(?=_\d+$)" if options.model == "tiny" else "")
-    found = re.search(pattern, row["clip"]) if pattern else None
-    return row.get("person") or (found[found.lastindex or 0] if found else row["clip"].rpartition("@")[0] or row["clip"])
+    """Who a clip shows: what the set says, or else --person's match in the clip's name, or else its name, of which what
+    follows an `@` says which part of a video it is."""
+    pattern = options.person or (r"^.*(?=_\d+$)" if options.model == "tiny" else "^[^@]*")
+    found = re.search(pattern, row["clip"])
+    return row.get("person") or (found[0] if found else row["clip"])
 
 
-def evaluate(options, tuned, clips, device):
-    """Write and score the clips; returns results.json's content."""
-    out, fps = Path(options.out), find_preset(options.model).fps if options.model == "tiny" else None
-    scorers = read_scorers(options, device)
-    rows, names = clips.spread(options.clips), clip_names(clips)
+def evaluate(options, tuned, clips, device, scorers):
+    """Write and score the clips. Returns the rows of results.json's `clips` and its `problems`: a clip that cannot be
+    compared in one version is left out of all of them."""
+    out, rows, names = Path(options.out), clips.spread(options.clips), clip_names(clips)
     jobs = {f"{names[row]}-{seed}.mp4": (row, seed, (clips.rows[row]["frames"], *clips.rows[row]["size"]))
             for row in rows for seed in range(options.seeds)}  # fmt: skip
     wrong = write_all(options, clips, names, jobs, tuned, device)
+    pairs = "image" in clips.rows[0]  # which have no true clips
+    versions = ["still"] if pairs else [*CONTROLS]
     files = {}
-    for version in (*CONTROLS, "base", *tuned):
-        if version in ("true", "vae") and "image" in clips.rows[0]:
-            continue
+    for version in (*versions, "base", *tuned):
         for name, (row, seed, shape) in jobs.items():
             if row not in wrong and (seed == 0 or version not in CONTROLS):
                 files[f"{version}/{name}"] = (out / "input" / f"{names[row]}.png", shape)
     scores, unread = score_all(out, files, scorers)
-    return jobs, names, wrong, scores, unread, fps
+    wrong |= {jobs[file.split("/", 1)[1]][0]: f"{file}: {reason}" for file, reason in unread.items()}
+    if options.vbench and rank_and_ranks()[0] == 0:
+        for version in (*versions, "base", *tuned):
+            found = external_metrics.official_scores(options.vbench, out / "clips" / version, out / "vbench" / version)
+            for name in found.keys() & jobs.keys():
+                scores.get(f"{version}/{name}", {}).update({c.lower(): v for c, v in found[name].items()})
+    for file, metrics in scores.items():
+        if metrics["face_size"] is None:
+            wrong[jobs[file.split("/", 1)[1]][0]] = "no face is found in its input picture"
+    kept = []
+    for file, metrics in scores.items():
+        version, name = file.split("/", 1)
+        row, seed, _ = jobs[name]
+        if row not in wrong:
+            about = clips.rows[row]
+            who = dict(version=version, clip=about["clip"], person=person_of(about, options), seed=seed, file=file)
+            kept.append(who | dict(picture=f"input/{names[row]}.png", prompt=about["caption"]) | metrics)
+    return kept, [dict(clip=clips.rows[row]["clip"], reason=reason) for row, reason in sorted(wrong.items())]
 
 
 def main():
     options = parse_options(EvalOptions, doc=__doc__)
+    out = Path(options.out)
     if options.tally:
-        return tally(options)
+        return report.tally(options.tally, out)
     tuned = tuned_models(options.lora)
     check(options, tuned)
+    rank, _, device = start_ranks()
+    clips = Clips(options.data, "heldout", device, options.model)
+    scorers = read_scorers(options, device)
+    if rank == 0:
+        begin(options, tuned)
+    gathered([])  # until --out is there
+    rows, problems = evaluate(options, tuned, clips, device, scorers)
+    if not rows:
+        raise UserError(f"no clip can be compared; the first: {problems[0]['clip']}: {problems[0]['reason']}")
+    if rank == 0:
+        versions, differences = report.summarise(rows, tuned)
+        people, seen = len({row["person"] for row in rows}), len({row["clip"] for row in rows})
+        about = (f"{options.model}: {seen} held-out clips of {people} people, {options.seeds} seed(s), "
+                 f"{options.sampling_steps} Euler steps")  # fmt: skip
+        results = dict(about=about, people=people, versions=versions, differences=differences, problems=problems,
+                       not_computed=not_computed(options, rows), clips=rows)  # fmt: skip
+        (out / "results.part").write_text(json.dumps(results, indent=1))
+        (out / "results.part").replace(out / "results.json")
+        report.write_report(results, out)
+        if options.study:
+            report.write_study(results, out, options.study)
+        print(f"{about}\n\n{report.terminal_tables(results)}\n")
+        for column, command in results["not_computed"].items():
+            print(f"{column} is not computed: {command}")
+        for problem in problems:
+            print(f"left out: {problem['clip']}: {problem['reason']}")
+        print(f"{out}/report.html, results.json" + f", study.html ({options.study} clips)" * (options.study > 0))
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -11,6 +11,7 @@ import importlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 
+import data
 from cli import UserError
-from data import Unanswered, ask, yes_or_no
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -57,7 +58,7 @@ def dynamic_degree(frames, fps, flow):
         return None
     height, width = frames.shape[1:3]
     needed, moving = round(4 * len(frames) / 16), 0
-    for first, second in zip(frames[:-1], frames[1:]):
+    for first, second in pairwise(frames):
         speed = flow(to_unit(first[None]), to_unit(second[None])).norm(dim=1).flatten()  # [H W]
         fastest = speed.topk(int(0.05 * height * width)).values
         moving += bool(fastest.mean() > 6 * min(height, width) / 256)
@@ -270,7 +271,7 @@ def official_scores(environment, clips, out):
 # ---------------------------------------------------------------------------------------------------------------
 # How far eyes and mouth open: InsightFace's 106 landmarks
 
-POINTS = dict(eyes=(slice(33, 43), slice(87, 97)), mouth=(slice(52, 72),))  # of 2d106det.onnx
+POINTS = {"left eye": slice(33, 43), "right eye": slice(87, 97), "mouth": slice(52, 72)}  # of 2d106det.onnx
 
 
 def read_landmarks(folder):
@@ -301,11 +302,12 @@ def openings(frames, boxes, landmarks):
     grid = torch.stack([x[:, None].expand(-1, 192, -1), y[:, :, None].expand(-1, -1, 192)], -1)
     crops = F.grid_sample(frames + 1, grid, align_corners=False) * 127.5  # outside of the frame: black
     points = torch.from_numpy(landmarks(crops.cpu().numpy()))  # [n, 106, 2]
-    upright = F.normalize(points[:, 87:97].mean(1) - points[:, 33:43].mean(1), dim=1)  # from one eye to the other
-    turned = torch.stack([points @ upright[:, :, None], points @ (upright.flip(1) * upright.new_tensor([-1, 1]))[:, :, None]], -1)
-    extent = {name: [turned[:, part, 0].amax(1) - turned[:, part, 0].amin(1) for part in parts] for name, parts in POINTS.items()}
-    return torch.stack([torch.stack([e[:, 1] / e[:, 0].clamp(min=1e-6) for e in extent[name]]).mean(0)
-                        for name in ("eyes", "mouth")], 1)  # fmt: skip
+    across = F.normalize(points[:, POINTS["right eye"]].mean(1) - points[:, POINTS["left eye"]].mean(1), dim=1)
+    down = torch.stack([-across[:, 1], across[:, 0]], 1)
+    y, x = ((points @ axis[:, :, None])[..., 0] for axis in (down, across))  # [n, 106] each, the head's tilt undone
+    left, right, mouth = ((y[:, part].amax(1) - y[:, part].amin(1)) / (x[:, part].amax(1) - x[:, part].amin(1) + 1e-6)
+                          for part in POINTS.values())  # fmt: skip
+    return torch.stack([(left + right) / 2, mouth], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -314,9 +316,9 @@ def openings(frames, boxes, landmarks):
 HACKED = (
     "The first picture is the one that a generated clip starts from; the others are frames of the clip, in order. Does "
     "the clip keep the face by force? Judge four things. Motion: does the face move as the body and the scene ask for, "
-    "or is it frozen? Likeness: does it stay the same person naturally, or is it stiff, as if pasted on? Context: do its "
-    "light, size and direction fit the rest of the picture? Faults: is there a texture, an outline or a distortion on "
-    "it? If one of them shows that the face is forced, answer yes, otherwise no: one word."
+    "or is it frozen? Likeness: does it stay the same person naturally, or is it stiff, as if pasted on? Context: do "
+    "its light, size and direction fit the rest of the picture? Faults: is there a texture, an outline or a distortion "
+    "on it? If one of them shows that the face is forced, answer yes, otherwise no: one word."
 )
 
 
@@ -327,7 +329,7 @@ def hacking(options, frames, picture):
     """
     shown = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)]
     try:
-        answer = yes_or_no(ask(options, HACKED, [picture, *shown]))
-    except Unanswered as error:
+        answer = data.yes_or_no(data.ask(options, HACKED, [picture, *shown]))
+    except data.Unanswered as error:
         raise UserError(f"{error}; started again, the evaluation goes on from here") from None
     return dict(hacked=None if answer is None else float(answer), unclear=float(answer is None))

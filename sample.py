@@ -265,12 +265,12 @@ def read_video(path, most=None):
     return np.stack(frames), fps
 
 
-def write_video(path, frames, fps):
-    """Write uint8 [F, H, W, 3] (H and W even) as H.264 mp4, whole or not at all."""
+def write_video(path, frames, fps, crf=12):
+    """Write uint8 [F, H, W, 3] (H and W even) as H.264 mp4 of quality crf (0 best, 51 worst), whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=round(fps), options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
