@@ -15,10 +15,12 @@ stopped run goes on where it was when it is started again. Means are over people
 are compared clip by clip; seeds are repeats of a person. Writes results.json (every clip) and report.html into --out.
 """
 
+import functools
 import hashlib
 import json
 import os
 import re
+import typing
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -252,17 +254,38 @@ def compute_dtype(precision, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The clips of an evaluation: --out/input/<name>.png and --out/clips/<version>/<name>-<seed>.mp4
+# The clips of an evaluation: --out/clips/<version>/<name>-<seed>.mp4, and --out/input/<name>.png
 
-def clip_names(clips):
-    """A file name for every clip of a set, as VBench wants it: its prompt; those after the first get a number."""
+
+class Job(typing.NamedTuple):
+    """One clip to write and to score."""
+
+    version: str  # of CONTROLS, "base", or a tuned model's name
+    row: int  # number of the clip in the set
+    seed: int
+    shape: tuple  # (F, H, W)
+    name: str  # of its files
+
+    @property
+    def file(self):
+        return f"{self.version}/{self.name}-{self.seed}.mp4"
+
+
+def list_jobs(clips, rows, versions, seeds):
+    """The jobs of `rows` of the set: a version after the other, and one of each control.
+
+    Files are named as VBench wants it, by prompt and number; of a prompt that comes again the name tells which it is.
+    """
     names, times = [], {}
     for row in clips.rows:
         name = re.sub(r'[\x00-\x1f/\\:*?"<>|]', " ", row["caption"]).strip(" .")
         name = name.encode()[:150].decode(errors="ignore") or "clip"
         times[name] = times.get(name, 0) + 1
         names.append(name if times[name] == 1 else f"{name} ({times[name]})")
-    return names
+    return [
+        Job(version, row, seed, (clips.rows[row]["frames"], *clips.rows[row]["size"]), names[row])
+        for version in versions for row in rows for seed in range(1 if version in CONTROLS else seeds)
+    ]  # fmt: skip
 
 
 def is_whole(path, shape):
@@ -270,31 +293,26 @@ def is_whole(path, shape):
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            return (stream.frames, stream.height, stream.width) == tuple(shape)
+            return (stream.frames, stream.height, stream.width) == shape
     except (av.FFmpegError, OSError, IndexError):
         return False
 
 
-def write_missing(folder, jobs, make, fps):
-    """Write the clips of jobs, {file name: (row, seed, shape)}, that `folder` does not hold whole.
+def check_shape(frames, shape):
+    """UserError where frames [F, H, W, 3] are not of `shape` = (F, H, W)."""
+    if frames.shape[:3] != shape:
+        raise UserError("{} frames of {}x{}, {} of {}x{} are wanted".format(*frames.shape[:3], *shape))
+    return frames
 
-    The ranks share them. make(row, seed) returns uint8 frames [F, H, W, 3]. Returns {row: why it cannot be made}, the
-    same on every rank.
-    """
-    rank, ranks = rank_and_ranks()
-    folder.mkdir(parents=True, exist_ok=True)
-    wrong, own = [], list(jobs.items())[rank::ranks]
-    own = [(name, job) for name, job in own if not is_whole(folder / name, job[2])]
-    for name, (row, seed, shape) in tqdm(own, desc=folder.name, leave=False, disable=rank > 0 or not own):
-        try:
-            frames = make(row, seed)
-            if frames.shape[:3] != shape:
-                raise UserError("{} frames of {}x{}, {} of {}x{} are wanted".format(*frames.shape[:3], *shape))
-        except UserError as error:
-            wrong.append((row, str(error)))
-            continue
-        write_video(folder / name, frames, fps, crf=10)
-    return dict(gathered(wrong))
+
+def input_picture(out, clips, job):
+    """The picture that a job's clip starts from, uint8 [H, W, 3]; it is kept in --out/input."""
+    path = out / "input" / f"{job.name}.png"
+    if not path.exists():
+        part = path.with_name(f"{path.name}.part{rank_and_ranks()[0]}")
+        Image.fromarray(clips.video(job.row)[0]).save(part, "PNG")
+        part.replace(path)
+    return np.asarray(Image.open(path))
 
 
 def holds_weights(path):
@@ -311,51 +329,39 @@ def tune(wan, path):
         merge_lora(wan.tuned, path)
 
 
-def write_all(options, clips, names, jobs, tuned, device):
-    """Write every clip that is not there yet. Returns {row: why it cannot be compared}, the same on every rank.
+@torch.no_grad()
+def write_clips(options, clips, jobs, tuned, device):
+    """Write the clips of `jobs` that --out does not hold whole; the ranks share them.
 
-    jobs: {file name: (row, seed, shape)}; tuned: {version: path of a LoRA or weights}.
+    tuned: {version: path of a LoRA or weights}. Returns {row: why one of its clips cannot be made}, the same on every
+    rank.
     """
     out, dtype = Path(options.out), torch.float32 if options.precision == "fp32" else None
-    once = {name: job for name, job in jobs.items() if job[1] == 0}
-    (out / "input").mkdir(exist_ok=True)
-    wrong = []
-    for row, _, _ in list(once.values())[rank_and_ranks()[0] :: rank_and_ranks()[1]]:
-        try:
-            Image.fromarray(clips.video(row)[0]).save(out / "input" / f"{names[row]}.png")
-        except UserError as error:
-            wrong.append((row, str(error)))
-    wrong = dict(gathered(wrong))
     wan = load_model(options.model, options.ckpt, device, dtype, shift=options.shift,
                      compute_dtype=compute_dtype(options.precision, device))  # fmt: skip
-
-    def picture(row):
-        return np.asarray(Image.open(out / "input" / f"{names[row]}.png"))
-
-    @torch.no_grad()
-    def through_vae(row, seed):
-        video = to_tensor(clips.video(row)).to(device)
-        return to_frames(wan.vae.decode(wan.vae.encode(video)))
-
-    def sample(row, seed):
-        (read,), (video,) = sample_clips(wan, clips, [row], seed, options.sampling_steps)
-        if read != row:
-            raise UserError(f"{clips.rows[row]['cache']}: not readable")
-        return to_frames(video)
-
-    def write(version, jobs, make):
-        left = {name: job for name, job in jobs.items() if job[0] not in wrong}
-        wrong.update(write_missing(out / "clips" / version, left, make, wan.preset.fps))
-
-    if "image" not in clips.rows[0]:
-        write("true", once, lambda row, seed: clips.video(row))
-        write("vae", once, through_vae)
-    write("still", once, lambda row, seed: np.repeat(picture(row)[None], clips.rows[row]["frames"], 0))
-    for version, path in ({"base": None} | tuned).items():
-        if any(not is_whole(out / "clips" / version / name, job[2]) for name, job in jobs.items()):
-            tune(wan, path)
-            write(version, jobs, sample)
-    return wrong
+    rank, ranks = rank_and_ranks()
+    own = [job for job in jobs[rank::ranks] if not is_whole(out / "clips" / job.file, job.shape)]
+    loaded, wrong = None, {}
+    for job in tqdm(own, "clips", disable=rank > 0 or not own):
+        try:
+            if job.version == "true":
+                frames = clips.video(job.row)
+            elif job.version == "vae":
+                frames = to_frames(wan.vae.decode(wan.vae.encode(to_tensor(clips.video(job.row)).to(device))))
+            elif job.version == "still":
+                frames = np.repeat(input_picture(out, clips, job)[None], job.shape[0], 0)
+            else:
+                if loaded != job.version:
+                    tune(wan, tuned.get(job.version))
+                    loaded = job.version
+                (read,), (video,) = sample_clips(wan, clips, [job.row], job.seed, options.sampling_steps)
+                if read != job.row:  # the next clip stood in for it
+                    raise UserError(f"{clips.rows[job.row]['cache']}: not readable")
+                frames = to_frames(video)
+            write_video(out / "clips" / job.file, check_shape(frames, job.shape), wan.preset.fps, crf=10)
+        except UserError as error:
+            wrong[job.row] = f"{job.version}: {error}"
+    return dict(gathered(list(wrong.items())))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,82 +381,58 @@ def read_scores(out):
     return scores
 
 
-def score_all(out, files, scorers):
-    """Score the clips of files, {"version/name": (input picture, shape)}, by each of scorers; the ranks share them.
+@torch.no_grad()
+def score_clips(out, clips, jobs, scorers):
+    """Score the clips of `jobs`, as their files hold them, by each of scorers; the ranks share them.
 
     scorers: {its name and settings: function of uint8 frames [F, H, W, 3], the picture [H, W, 3] and fps to a dict}.
-    Returns {file: metrics} and {file: why it cannot be scored}, the same on every rank. One clip is in memory.
+    Returns {job: metrics} and {row: why a clip of it cannot be scored}, the same on every rank.
     """
     rank, ranks = rank_and_ranks()
-    known, wrong, own = read_scores(out), [], list(files)[rank::ranks]
+    known, scores, wrong = read_scores(out), [], {}
     gathered([])  # every rank has read before one writes
     with open(out / f"scores-{rank}.jsonl", "a") as log:
         print(file=log)  # ends a line that a kill has torn
-        for file in tqdm(own, desc="scores", leave=False, disable=rank > 0):
-            picture, shape = files[file]
-            todo = [name for name in scorers if (file, name) not in known]
-            if not todo:
-                continue
+        for job in tqdm(jobs[rank::ranks], "scores", disable=rank > 0):
             try:
-                frames, fps = read_video(out / "clips" / file)
-                if frames.shape[:3] != shape:
-                    raise UserError("{} frames of {}x{}, {} of {}x{} are wanted".format(*frames.shape[:3], *shape))
+                todo = [name for name in scorers if (job.file, name) not in known]
+                if todo:
+                    frames, fps = read_video(out / "clips" / job.file)
+                    check_shape(frames, job.shape)
+                    picture = input_picture(out, clips, job)
+                for name in todo:
+                    known[job.file, name] = scorers[name](frames, picture, fps)
+                    print(json.dumps([job.file, name, known[job.file, name]]), file=log, flush=True)
+                scores.append((job, {k: v for name in scorers for k, v in known[job.file, name].items()}))
             except UserError as error:
-                wrong.append((file, str(error)))
-                continue
-            picture = np.asarray(Image.open(picture))
-            for name in todo:
-                print(json.dumps([file, name, scorers[name](frames, picture, fps)]), file=log, flush=True)
-    wrong = dict(gathered(wrong))
-    known = read_scores(out)
-    scores = {file: {} for file in files if file not in wrong}
-    for file, metrics in scores.items():
-        for name in scorers:
-            metrics |= known[file, name]
-    return scores, wrong
+                wrong[job.row] = f"{job.version}: {error}"
+    return dict(gathered(scores)), dict(gathered(list(wrong.items())))
 
 
 def read_scorers(options, device):
-    """The scorers of `score_all` that the options ask for; UserError where a network is missing or cannot be read."""
-    kind = f"{options.people}{', tiled' * options.tiled}"
+    """The scorers of `score_clips` that the options ask for; UserError where a network is missing or cannot be read."""
     landmarks = external_metrics.read_landmarks(options.faces)
-    reward = FaceReward.from_folder(options.faces, device, tiled=options.tiled)
-
-    def faces(frames, picture, fps):
-        video, image = (to_tensor(x).to(device) for x in (frames, picture[None]))
-        metrics = face_metrics(video, image, reward, options.people, options.opens2v, landmarks)
-        return metrics | dict(tf=temporal_flickering(video))
-
-    scorers = {f"faces ({kind}{', OpenS2V' * options.opens2v})": faces}
-    if options.judge:
-        judge = FaceReward.from_folder(options.judge, device, tiled=options.tiled)
-
-        def judged(frames, picture, fps):
-            video, image = (to_tensor(x).to(device) for x in (frames, picture[None]))
-            return dict(judge=face_metrics(video, image, judge, options.people)["facesim_from_1"])
-
-        scorers[f"judge ({kind})"] = judged
+    scorers, kind = {}, f"{options.people}{', tiled' * options.tiled}{', OpenS2V' * options.opens2v}"
+    for title, folder in (("faces", options.faces), ("judge", options.judge)):
+        if folder:
+            reward = FaceReward.from_folder(folder, device, tiled=options.tiled)
+            scorers[f"{title} ({kind})"] = functools.partial(score_faces, options, title, reward, landmarks)
     for column, score in external_metrics.read_networks(options.vbench_weights, device).items():
-
-        def scored(frames, picture, fps, column=column, score=score):
-            with torch.no_grad():
-                return {column.lower(): score(torch.from_numpy(frames).to(device), fps)}
-
-        scorers[column] = scored
+        scorers[column] = lambda frames, picture, fps, column=column, score=score: {
+            column.lower(): score(torch.from_numpy(frames).to(device), fps)
+        }
     if options.vlm:
-        scorers[f"hacking ({options.vlm_model})"] = lambda frames, picture, fps: external_metrics.hacking(
-            options, frames, picture
-        )
+        scorers[f"hacking ({options.vlm_model})"] = functools.partial(external_metrics.hacking, options)
     return scorers
 
 
-def not_computed(options, rows):
-    """Which columns the results lack, and what to do about it: {column: command}."""
-    lacking = {c: f"{command} && python eval.py --vbench_weights {options.vbench_weights or 'DIR'} ..."
-               for c, command in external_metrics.missing(options.vbench_weights).items() if c.lower() not in rows[0]}
-    if "eye_opening" not in rows[0]:
-        lacking["openings of eyes and mouth"] = f"2d106det.onnx, of InsightFace's antelopev2, into {options.faces}"
-    return lacking
+def score_faces(options, title, reward, landmarks, frames, picture, fps):
+    """The face metrics and TF of a clip's frames; of the judge its FaceSim alone."""
+    video, image = (to_tensor(x).to(next(reward.encoder.parameters()).device) for x in (frames, picture[None]))
+    if title == "judge":
+        return dict(judge=face_metrics(video, image, reward, options.people)["facesim_from_1"])
+    metrics = face_metrics(video, image, reward, options.people, options.opens2v, landmarks)
+    return metrics | dict(tf=temporal_flickering(video))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -492,9 +474,11 @@ class EvalOptions:
 FIXED = ("model", "ckpt", "data", "faces", "judge", "sampling_steps", "shift", "precision")  # while --out is continued
 
 
-def tuned_models(text):
-    """--lora's 'FILE,name=FILE' to {name: path}. A file is called by its own name, or its folder's if that is `lora` or
-    `dit`; one alone is called `tuned`. UserError where there is no such file, and for a name that is taken."""
+def tuned_models(options):
+    """--lora's 'FILE,name=FILE' as {name: path}. A file is called by its own name, or its folder's if that is `lora` or
+    `dit`; one alone is called `tuned`. UserError where one cannot be the preset's, or two have one name."""
+    preset, text = find_preset(options.model, options.ckpt, options.shift), options.lora
+    part = "dit" if preset.boundary is None else "low"
     items, models = [text] if Path(text).is_file() else text.split(","), {}
     for item in items:
         name, _, path = ("", "", item) if Path(item).is_file() else item.rpartition("=")
@@ -505,19 +489,16 @@ def tuned_models(text):
         name = name or ("tuned" if len(items) == 1 else own)
         if name in {"base", *CONTROLS, *models} or "/" in name:
             raise UserError(f"--lora {item}: {name!r} cannot be its name, or is another's; give it one: name={path}")
-        models[name] = path
-    return models
-
-
-def check(options, tuned):
-    """Refuse what cannot work before anything is sampled or written."""
-    preset = find_preset(options.model, options.ckpt, options.shift)
-    part = "dit" if preset.boundary is None else "low"
-    for path in tuned.values():
         if holds_weights(path):
             match(blank(preset, part), Checkpoint(path), expected(preset, part))
         else:
             merge_lora(blank(preset, part), path)
+        models[name] = path
+    return models
+
+
+def check(options):
+    """Refuse what cannot work before anything is read or written."""
     out = Path(options.out)
     place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -526,6 +507,8 @@ def check(options, tuned):
         raise UserError(f"--out {out}: exists, is not empty and is no evaluation; name another folder")
     if options.vbench and not (Path(options.vbench) / "bin/vbench").is_file():
         raise UserError(f"--vbench {options.vbench}: no bin/vbench in it; pip install vbench==0.1.5 there")
+    if options.vbench_weights and not Path(options.vbench_weights).is_dir():
+        raise UserError(f"--vbench_weights {options.vbench_weights}: no such folder")
     try:
         re.compile(options.person)
     except re.error as error:
@@ -564,38 +547,32 @@ def person_of(row, options):
 
 
 def evaluate(options, tuned, clips, device, scorers):
-    """Write and score the clips. Returns the rows of results.json's `clips` and its `problems`: a clip that cannot be
-    compared in one version is left out of all of them."""
-    out, rows, names = Path(options.out), clips.spread(options.clips), clip_names(clips)
-    jobs = {f"{names[row]}-{seed}.mp4": (row, seed, (clips.rows[row]["frames"], *clips.rows[row]["size"]))
-            for row in rows for seed in range(options.seeds)}  # fmt: skip
-    wrong = write_all(options, clips, names, jobs, tuned, device)
-    pairs = "image" in clips.rows[0]  # which have no true clips
-    versions = ["still"] if pairs else [*CONTROLS]
-    files = {}
-    for version in (*versions, "base", *tuned):
-        for name, (row, seed, shape) in jobs.items():
-            if row not in wrong and (seed == 0 or version not in CONTROLS):
-                files[f"{version}/{name}"] = (out / "input" / f"{names[row]}.png", shape)
-    scores, unread = score_all(out, files, scorers)
-    wrong |= {jobs[file.split("/", 1)[1]][0]: f"{file}: {reason}" for file, reason in unread.items()}
+    """Write and score the clips. Returns the rows of results.json's `clips`, and of its `problems`: a clip that cannot
+    be compared in one version is left out of all."""
+    out, rows = Path(options.out), clips.spread(options.clips)
+    controls = ["still"] if "image" in clips.rows[rows[0]] else list(CONTROLS)  # pairs have no true clips
+    versions = [*controls, "base", *tuned]
+    jobs = list_jobs(clips, rows, versions, options.seeds)
+    for folder in (out / "input", *(out / "clips" / version for version in versions)):
+        folder.mkdir(parents=True, exist_ok=True)
+    wrong = write_clips(options, clips, jobs, tuned, device)
+    scores, unread = score_clips(out, clips, [job for job in jobs if job.row not in wrong], scorers)
+    wrong |= unread | {job.row: "no face is found in its input picture"
+                       for job, metrics in scores.items() if metrics["face_size"] is None}  # fmt: skip
     if options.vbench and rank_and_ranks()[0] == 0:
-        for version in (*versions, "base", *tuned):
+        for version in versions:
             found = external_metrics.official_scores(options.vbench, out / "clips" / version, out / "vbench" / version)
-            for name in found.keys() & jobs.keys():
-                scores.get(f"{version}/{name}", {}).update({c.lower(): v for c, v in found[name].items()})
-    for file, metrics in scores.items():
-        if metrics["face_size"] is None:
-            wrong[jobs[file.split("/", 1)[1]][0]] = "no face is found in its input picture"
-    kept = []
-    for file, metrics in scores.items():
-        version, name = file.split("/", 1)
-        row, seed, _ = jobs[name]
-        if row not in wrong:
-            about = clips.rows[row]
-            who = dict(version=version, clip=about["clip"], person=person_of(about, options), seed=seed, file=file)
-            kept.append(who | dict(picture=f"input/{names[row]}.png", prompt=about["caption"]) | metrics)
-    return kept, [dict(clip=clips.rows[row]["clip"], reason=reason) for row, reason in sorted(wrong.items())]
+            for job in scores:
+                if job.version == version:
+                    scores[job] |= found.get(Path(job.file).name, {})
+    results = []
+    for job in jobs:  # in this order, whatever the ranks were
+        if job.row not in wrong:
+            about = clips.rows[job.row]
+            who = dict(version=job.version, clip=about["clip"], person=person_of(about, options), seed=job.seed)
+            what = dict(file=job.file, picture=f"input/{job.name}.png", prompt=about["caption"])
+            results.append(who | what | scores[job])
+    return results, [dict(clip=clips.rows[row]["clip"], reason=reason) for row, reason in sorted(wrong.items())]
 
 
 def main():
@@ -603,8 +580,8 @@ def main():
     out = Path(options.out)
     if options.tally:
         return report.tally(options.tally, out)
-    tuned = tuned_models(options.lora)
-    check(options, tuned)
+    check(options)
+    tuned = tuned_models(options)
     rank, _, device = start_ranks()
     clips = Clips(options.data, "heldout", device, options.model)
     scorers = read_scorers(options, device)
@@ -612,26 +589,26 @@ def main():
         begin(options, tuned)
     gathered([])  # until --out is there
     rows, problems = evaluate(options, tuned, clips, device, scorers)
-    if not rows:
-        raise UserError(f"no clip can be compared; the first: {problems[0]['clip']}: {problems[0]['reason']}")
     if rank == 0:
-        versions, differences = report.summarise(rows, tuned)
+        for problem in problems:
+            print(f"left out: {problem['clip']}: {problem['reason']}")
+        if not rows:
+            raise UserError("no clip is left to compare")
         people, seen = len({row["person"] for row in rows}), len({row["clip"] for row in rows})
-        about = (f"{options.model}: {seen} held-out clips of {people} people, {options.seeds} seed(s), "
+        about = (f"{options.model}: {seen} held-out clips of {people} people, {options.seeds} seed(s) each, "
                  f"{options.sampling_steps} Euler steps")  # fmt: skip
+        missing = external_metrics.missing(options.vbench_weights)
+        missing = {column: command for column, command in missing.items() if column.lower() not in rows[0]}
+        versions, differences = report.summarise(rows, tuned)
         results = dict(about=about, people=people, versions=versions, differences=differences, problems=problems,
-                       not_computed=not_computed(options, rows), clips=rows)  # fmt: skip
+                       missing=missing, clips=rows)  # fmt: skip
         (out / "results.part").write_text(json.dumps(results, indent=1))
         (out / "results.part").replace(out / "results.json")
         report.write_report(results, out)
         if options.study:
             report.write_study(results, out, options.study)
-        print(f"{about}\n\n{report.terminal_tables(results)}\n")
-        for column, command in results["not_computed"].items():
-            print(f"{column} is not computed: {command}")
-        for problem in problems:
-            print(f"left out: {problem['clip']}: {problem['reason']}")
-        print(f"{out}/report.html, results.json" + f", study.html ({options.study} clips)" * (options.study > 0))
+        print(f"{about}\n\n{report.terminal_tables(results)}")
+        print(f"\n{out}/results.json, report.html" + ", study.html" * (options.study > 0))
     leave_ranks()
 
 

@@ -243,7 +243,7 @@ DIMENSIONS = dict(SC="subject_consistency", BC="background_consistency", AQ="aes
 
 
 def official_scores(environment, clips, out):
-    """What VBench's own package says of a folder of mp4 files: {file name: {column: score}}.
+    """What VBench's own package says of a folder of mp4 files: {file name: {metric: score}}.
 
     environment: a virtual environment with the package in it (0.1.5 needs transformers 4.33 and numpy < 2); out: a
     folder for what it writes. Raises UserError, with the package's last line, where it fails.
@@ -264,7 +264,7 @@ def official_scores(environment, clips, out):
         (result,) = folder.glob("*_eval_results.json")
         for row in json.loads(result.read_text())[dimension][1]:
             value = float(row["video_results"]) / (100 if column == "IQ" else 1)  # which it divides in the mean only
-            scores.setdefault(Path(row["video_path"]).name, {})[column] = value
+            scores.setdefault(Path(row["video_path"]).name, {})[column.lower()] = value
     return scores
 
 
@@ -322,7 +322,7 @@ HACKED = (
 )
 
 
-def hacking(options, frames, picture):
+def hacking(options, frames, picture, fps):
     """Does the model behind --vlm call a clip's face forced? dict(hacked=1.0, 0.0, or None, unclear=0.0 or 1.0).
 
     frames: uint8 [F, H, W, 3], of which eight are shown; picture: uint8 [H, W, 3]. UserError where it does not answer.

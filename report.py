@@ -93,7 +93,7 @@ FACES = dict(facesim_from_1=("FaceSim", 3, 1), facesim=("with frame 0", 3, 1), f
 MOTION = dict(motion=("motion", 4, 1), yaw_range=("yaw range °", 1, 1), mouth_width=("mouth width", 4, 1),
               mouth_opening=("mouth opens", 4, 1), eye_opening=("eyes open", 4, 1))  # fmt: skip
 METRICS = TABLE_1 | FACES | MOTION
-BETTER = dict.fromkeys(METRICS.keys() - MOTION.keys() - {"dd", "unclear"}, 1) | dict(faceless=-1, hacked=-1)
+BETTER = {m: 1 for m in METRICS if m not in (*MOTION, "dd", "unclear")} | dict(faceless=-1, hacked=-1)
 TRAINING = dict(facesim=("FaceSim", 3, 1), facesim_from_1=("from 1 on", 3, 1), judge=("judge's", 3, 1),
                 face_rate=("face rate", 3, 1), motion=("motion", 4, 1), tf=("TF", 4, 1))  # fmt: skip
 
@@ -159,6 +159,9 @@ def terminal_tables(results):
             kept = f", {d['ratio']:.0%} of the base's" if metric in MOTION and "ratio" in d else ""
             lines.append(f"{title:14}{change:>9}  {bounds:22}up for {d['improved']} of {d['people']}{kept}")
         parts.append("\n".join(lines))
+    if results["missing"]:
+        lines = [f"  {column}  {command}" for column, command in results["missing"].items()]
+        parts.append("Not computed; what fetches their networks, for --vbench_weights DIR:\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
