@@ -47,6 +47,11 @@ def aesthetic_quality(features, head):
     return float(head(F.normalize(features, dim=-1)).mean() / 10)
 
 
+def imaging_quality(frames, musiq):
+    """IQ: a hundredth of the mean of musiq's scores, 0..100, of the frames [n, 3, h, w] in 0..1, long side at most 512."""
+    return sum(float(musiq(shrunk(frame[None], 512, "bilinear", longest=True))) for frame in frames) / len(frames) / 100
+
+
 def dynamic_degree(frames, fps, flow):
     """DD: 1.0 where enough pairs of frames move far enough, otherwise 0.0; None of one frame.
 
@@ -144,12 +149,12 @@ def read_clip(folder, device):
     return lambda x: model(x).image_embeds
 
 
-def subject_consistency(folder, device):
+def read_subject_consistency(folder, device):
     dino = read_dino(folder, device)
     return lambda frames, fps: consistency(features(dino, frames, IMAGENET, "bilinear", crop=False))
 
 
-def background_consistency(folder, device):
+def read_background_consistency(folder, device):
     clip = read_clip(folder / "clip-vit-base-patch32", device)
     return lambda frames, fps: consistency(features(clip, frames, CLIP, "bicubic", crop=True))
 
@@ -161,15 +166,14 @@ def read_aesthetic_quality(folder, device):
     return lambda frames, fps: aesthetic_quality(features(clip, frames, CLIP, "bicubic", crop=True), head)
 
 
-def imaging_quality(folder, device):
+def read_imaging_quality(folder, device):
     from pyiqa.archs.musiq_arch import MUSIQ
 
-    musiq = MUSIQ(pretrained_model_path=str(folder / "musiq_spaq_ckpt-358bb6af.pth")).eval().to(device)
-
-    def score(frames, fps):
-        return sum(float(musiq(shrunk(x[None], 512, "bilinear", longest=True))) for x in frames) / len(frames) / 100
-
-    return score
+    musiq = MUSIQ(pretrained=False)
+    state = torch.load(folder / "musiq_spaq_ckpt-358bb6af.pth", weights_only=True)
+    musiq.load_state_dict(state.get("params", state))
+    musiq.eval().to(device)
+    return lambda frames, fps: imaging_quality(frames, musiq)
 
 
 def read_dynamic_degree(folder, device):
@@ -194,13 +198,13 @@ def read_motion_smoothness(folder, device):
 
 HUB = "hf download {} --local-dir DIR/{}"
 COLUMNS = {
-    "SC": (subject_consistency, ("dino-vitb16",), HUB.format("facebook/dino-vitb16", "dino-vitb16")),
-    "BC": (background_consistency, ("clip-vit-base-patch32",),
+    "SC": (read_subject_consistency, ("dino-vitb16",), HUB.format("facebook/dino-vitb16", "dino-vitb16")),
+    "BC": (read_background_consistency, ("clip-vit-base-patch32",),
            HUB.format("openai/clip-vit-base-patch32", "clip-vit-base-patch32")),
     "AQ": (read_aesthetic_quality, ("clip-vit-large-patch14", "sa_0_4_vit_l_14_linear.pth"),
            HUB.format("openai/clip-vit-large-patch14", "clip-vit-large-patch14") + " && wget -P DIR "
            "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"),
-    "IQ": (imaging_quality, ("musiq_spaq_ckpt-358bb6af.pth",), "wget -P DIR "
+    "IQ": (read_imaging_quality, ("musiq_spaq_ckpt-358bb6af.pth",), "wget -P DIR "
            "https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/musiq_spaq_ckpt-358bb6af.pth"),
     "DD": (read_dynamic_degree, ("raft_large_C_T_V1-22a6c225.pth",),
            "wget -P DIR https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth"),

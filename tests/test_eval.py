@@ -213,8 +213,9 @@ def test_consistency_and_aesthetics_are_vbench_s_loops():
     assert external.consistency(f) == pytest.approx(total / 5)
     assert external.consistency(f[:1].repeat(4, 1)) == pytest.approx(1) and external.consistency(f[:1]) is None
     head = torch.nn.Linear(8, 1)
-    loop = np.mean([float(head(x / x.norm()).detach()) for x in f]) / 10
-    assert external.aesthetic_quality(f, head) == pytest.approx(loop)
+    with torch.no_grad():
+        loop = np.mean([float(head(x / x.norm())) for x in f]) / 10
+        assert external.aesthetic_quality(f, head) == pytest.approx(loop)
 
 
 def moving_square(steps, side=64):
@@ -596,7 +597,7 @@ def test_broken_clips_are_left_out_of_every_version_and_told(tiny, whole, tmp_pa
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clips(tmp_path):
-    """8 and 32 clips of 17 frames of 512x512, 13 MB each as bytes and 53 MB as numbers, written and scored."""
+    """8 and 32 clips of 17 frames of 256x256, 3.3 MB each as bytes and 13 MB as numbers, written and scored."""
     program = """
 import resource, sys
 from pathlib import Path
@@ -605,10 +606,10 @@ from eval import EvalOptions, list_jobs, score_clips, temporal_flickering, write
 from sample import to_tensor
 
 class Clips:
-    rows = [dict(caption=f"clip {k}", frames=17, size=[512, 512], cache="") for k in range(int(sys.argv[1]))]
+    rows = [dict(caption=f"clip {k}", frames=17, size=[256, 256], cache="") for k in range(int(sys.argv[1]))]
 
     def video(self, row):
-        return np.full((17, 512, 512, 3), row, np.uint8)
+        return np.full((17, 256, 256, 3), row, np.uint8)
 
 torch.set_num_threads(1)
 out, clips = Path(sys.argv[2]), Clips()
@@ -627,7 +628,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                               capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] < peaks[0] + 40, peaks  # MB: less than one of the 24 further clips
+    assert peaks[1] < peaks[0] + 30, peaks  # MB; the 24 further clips are 80 as bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------
