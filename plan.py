@@ -4,9 +4,9 @@
 
 Runs train.py's own step on fake tensors (shapes without data, torch's FakeTensorMode) of the preset's networks, counts
 FLOPs and follows every storage from its first use to its end; the step says itself which phase it is in, by the
-profiler's `record_function`. Three things stand in for a GPU's: attention is the fused kernel's (a CPU's would keep an
-L x L matrix), bf16 autocast is on, and the detector sees one face of 100 px in the middle of every frame. Caching
-allocators and cuDNN's workspaces come on top; the plan leaves that margin to the reader.
+profiler's `record_function`. Two things stand in for a GPU's: bf16 autocast is on, and the detector sees one face of
+100 px in the middle of every frame. Caching allocators and cuDNN's workspaces come on top; the plan leaves that margin
+to the reader.
 """
 
 import collections
@@ -17,9 +17,7 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,7 +32,13 @@ from weights import KEPT_FP32
 
 PEAK, SHARE = 989e12, 0.4  # an H100's dense bf16 FLOP/s, and the share of them that training is taken to reach
 FACE, CROP = 100, 144  # pixels a side: a face's box, and what ArcFace's crop covers around it
+PHASES = ("rollout", "decode", "window", "optimizer")
 aten, profiler = torch.ops.aten, torch.ops.profiler
+FLOPS = flop_registry | {  # a CPU's fused attention, which fake tensors take, keeps what a GPU's keeps
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}  # fmt: skip
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is profiler._record_function_enter_new.default:
-            self.phases.append(args[0])
+            self.phases.append(args[0] if args[0] in PHASES else self.phases[-1])  # torch's ranges are parts of ours
         if func is profiler._record_function_exit._RecordFunction:
             self.phases.pop()
         if func in (aten._local_scalar_dense.default, aten.equal.default):
@@ -73,9 +77,8 @@ class Meter(TorchDispatchMode):
         if func is aten.repeat_interleave.Tensor:
             return torch.zeros_like(args[0])  # one face a frame
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-            self.flops[self.phases[-1]] += flops
+        if func.overloadpacket in FLOPS:
+            self.flops[self.phases[-1]] += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.watch(tensor.untyped_storage())
@@ -100,18 +103,6 @@ class Meter(TorchDispatchMode):
             return x.shape, x.dtype
 
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: torch.empty(packed[0], dtype=packed[1]))
-
-
-class FusedAttention(TorchFunctionMode):
-    """Attention as a GPU runs it: flash, or for heads wider than 256 (the VAE's) the memory-efficient kernel."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        q, k, v = args
-        if q.shape[-1] <= 256:
-            return aten._scaled_dot_product_flash_attention(q, k, v)[0]
-        return aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
 
 
 class PlannedVAE(WanVAE):
@@ -190,7 +181,7 @@ def simulate(options, step=ipro_step):
     given = {name: getattr(options, name) for name in same}
     train_options = TrainOptions(**given, batch=1)
     meter = Meter()
-    with FusedAttention(), FakeTensorMode(allow_non_fake_inputs=True), meter:
+    with FakeTensorMode(allow_non_fake_inputs=True), meter:
         sizes, before = {}, 0
 
         def weigh(name, share=1):
@@ -241,12 +232,12 @@ def simulate(options, step=ipro_step):
         wan.at_work("dit")  # so that what the optimizer adds is weighed against all of it
         with record_function("optimizer"):
             weigh("gradients")
-            torch.optim.Adam([p for p in dit.parameters() if p.requires_grad]).step()
+            optimizer = torch.optim.Adam([p for p in dit.parameters() if p.requires_grad])
+            optimizer.step()
         meter.peaks["optimizer"] = before + share * (meter.peaks["optimizer"] - before)  # its passing tensors' too
         weigh("optimizer", share)
-    optimizer = sizes["optimizer"]
-    peaks = {phase: meter.peaks[phase] + optimizer * (phase != "optimizer")  # from step 2 on
-             for phase in ("rollout", "decode", "window", "optimizer")}  # fmt: skip
+    peaks = {phase: meter.peaks[phase] + sizes["optimizer"] * (phase != "optimizer")  # from step 2 on
+             for phase in PHASES}  # fmt: skip
     idle = sizes["transformer"] if preset.boundary and (share < 1 or not options.offload) else 0  # A14B's other expert
     if share < 1:
         idle += 2 * max(blocks)  # two at a time are gathered

@@ -440,6 +440,7 @@ class ScaleShift(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
+@torch.no_grad()
 def folded(model):
     """A frozen ArcFace with its batch-norms folded into the convolutions before them; changed in place.
 
@@ -448,9 +449,11 @@ def folded(model):
     """
 
     def fold(conv, norm):
-        fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+        norm = ScaleShift(norm)
         frozen = FrozenConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        frozen.weight, frozen.bias = fused.weight, fused.bias
+        kernel = (conv.weight * norm.scale[..., None]).contiguous(memory_format=torch.channels_last)
+        frozen.weight = nn.Parameter(kernel)
+        frozen.bias = nn.Parameter(norm.shift.flatten())
         return frozen, nn.Identity()
 
     model.conv1, model.bn1 = fold(model.conv1, model.bn1)
@@ -460,7 +463,7 @@ def folded(model):
         block.conv2, block.bn3 = fold(block.conv2, block.bn3)
         if block.downsample is not None:
             block.downsample = nn.Sequential(*fold(*block.downsample))
-    return model.requires_grad_(False).to(memory_format=torch.channels_last)
+    return model.requires_grad_(False)
 
 
 class CLIPVision(nn.Module):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cli import UserError, option, parse_options, run
 from model import CONFIGS
-from weights import find_preset, load_model
+from weights import find_preset, load_model, parse_loras
 
 
 def sigmas(steps, shift, start=1.0):
@@ -311,7 +311,8 @@ class SampleOptions:
     out: str = option("sample.mp4", "the clip to write, .mp4")
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    lora: str = option("", "LoRAs to merge, comma-separated; for wan14b as low=FILE (the default) or high=FILE")
+    base_lora: str = option("", "a distilled base's LoRA, merged: [high=|low=]FILE[:STRENGTH], comma-separated")
+    lora: str = option("", "LoRAs beside the weights: [high=|low=]FILE[:STRENGTH], comma-separated")
     steps: int | None = option(None, "sampling steps; default: the preset's", least=1, most=1000)
     shift: float = option(0.0, "of the noise schedule; 0 = the preset's", least=0)
     solver: str = option("", "euler as in training; default: unipc, and euler for tiny", choices=("", "euler", "unipc"))
@@ -325,17 +326,13 @@ class SampleOptions:
     seed: int = option(0, "of the noise", least=0)
 
 
-def parse_loras(text, experts):
-    """'FILE,high=FILE' to (part, path) pairs; a LoRA without a part is the transformer's or the low-noise expert's."""
-    pairs = []
-    for item in filter(None, text.split(",")):
-        part, _, path = item.rpartition("=")
-        if part not in (("", "high", "low") if experts else ("",)):
-            raise UserError(f"--lora {item}: {part!r} is no expert; wan14b has high and low, the other models none")
-        if not Path(path).is_file():
-            raise UserError(f"--lora {path}: no such file")
-        pairs.append((part or ("low" if experts else "dit"), path))
-    return pairs
+def sampling_assumptions(model, solver, steps, shift, cfg, base_lora):
+    """What a program takes for granted of a model's weights, as one line; that they are distilled, no file tells."""
+    guidance = "no guidance" if cfg == 1 else f"guidance {cfg:g}"
+    distilled = f"base LoRA {base_lora}" if base_lora else "no base LoRA"
+    if cfg == 1 and not base_lora:
+        distilled += ", so --ckpt must hold distilled weights"
+    return f"{model}: {steps} steps by {solver}, shift {shift:g}, {guidance}, {distilled}"
 
 
 def main():
@@ -353,16 +350,19 @@ def main():
     shape = latent_size(preset, frames, size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"": None, "bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
-    loras = parse_loras(options.lora, preset.boundary is not None)
-    wan = load_model(options.model, options.ckpt, device, dtype, keep=False, loras=loras)
+    loras, base = parse_loras(options.lora, preset), parse_loras(options.base_lora, preset, "--base_lora")
     cfg = preset.cfg if options.cfg is None else options.cfg
+    solver = options.solver or ("euler" if tiny else "unipc")
+    if not tiny:
+        print(sampling_assumptions(options.model, solver, steps, preset.shift, cfg, options.base_lora))
+    wan = load_model(options.model, options.ckpt, device, dtype, keep=False, loras=loras, base_loras=base)
     negative = options.negative if options.negative is not None else "" if tiny else NEGATIVE
     contexts = wan.encode_text([options.prompt, negative] if cfg != 1 else [options.prompt])
     first, y = condition(wan, fit(picture, size), frames)
     noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
     dit = wan.dit if cfg == 1 else guided(wan.dit, contexts[1:], cfg)
     bar = functools.partial(tqdm, desc="sampling")
-    if (options.solver or ("euler" if tiny else "unipc")) == "unipc":
+    if solver == "unipc":
         latent = unipc(dit, noise, first, contexts[:1], steps, preset.shift, y, bar)
     else:
         latent = rollout(dit, noise, first, contexts[:1], sigmas(steps, preset.shift), y=y, progress=bar)[0]

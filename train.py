@@ -50,8 +50,8 @@ from eval import (
 )
 from model import ASSETS, CONFIGS, add_lora, lora_disabled
 from reward import FaceReward, velocity_kl
-from sample import noise_like, rollout, sigmas, velocity, window_backward, write_video
-from weights import find_preset, load_model, save_lora, write_safetensors
+from sample import noise_like, rollout, sampling_assumptions, sigmas, velocity, window_backward, write_video
+from weights import find_preset, load_model, parse_loras, save_lora, write_safetensors
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process is no fault
 
@@ -195,6 +195,7 @@ def learning_rate(options, step):
 class TrainOptions:
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
+    base_lora: str = option("", "a distilled base's LoRA, merged: [high=|low=]FILE[:STRENGTH], comma-separated")
     data: str = option(str(ASSETS / "data"), "folder that data.py made: train and heldout clips")
     moving: float = option(1.0, "share of the clips that are trained on: those whose faces move furthest",
                            least=0, most=1, tiny=0.25)  # fmt: skip
@@ -264,6 +265,7 @@ def resolve(given):
 def check(options):
     """Refuse what cannot work before anything is loaded or written."""
     preset = find_preset(options.model, options.ckpt, options.shift)
+    parse_loras(options.base_lora, preset, "--base_lora")
     if options.reward_weight == options.kl_weight == 0:
         raise UserError("--reward_weight 0 and --kl_weight 0: nothing is left to optimise")
     if options.window > options.sampling_steps:
@@ -301,7 +303,8 @@ def prepare(options, device):
     dtype = torch.float32 if full or options.precision == "fp32" else None
     distribute = shard if full and dist.is_initialized() else None
     wan = load_model(options.model, options.ckpt, device, dtype, shard=distribute, shift=options.shift,
-                     compute_dtype=compute_dtype(options.precision, device))  # fmt: skip
+                     compute_dtype=compute_dtype(options.precision, device),
+                     base_loras=parse_loras(options.base_lora, CONFIGS[options.model], "--base_lora"))  # fmt: skip
     wan.offload = options.offload
     tuned = reference = wan.tuned
     tuned.checkpointing = options.checkpointing
@@ -444,7 +447,8 @@ def export_weights(tuning, path):
     rank, _ = rank_and_ranks()
     if tuning.options.lora_rank:
         if rank == 0:
-            save_lora(tuning.model, path / "lora.safetensors")
+            expert = {} if tuning.wan.preset.boundary is None else {"expert": "low"}
+            save_lora(tuning.model, path / "lora.safetensors", expert)
         return
     dtype = torch.bfloat16 if tuning.wan.preset.folder is None else torch.float16
     tensors = {}
@@ -588,6 +592,9 @@ def main():
     micro_batches = micro_batches_of(options, rank, ranks)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out = Path(options.out)
+    if CONFIGS[options.model].folder is None:
+        shift = options.shift or CONFIGS[options.model].shift
+        say(sampling_assumptions(options.model, "euler", options.sampling_steps, shift, 1, options.base_lora))
     torch.manual_seed(options.seed)  # of the LoRA, the same on every rank
     clips = Clips(options.data, "train", device, options.model, options.moving)
     unseen = Clips(options.data, "heldout", device, options.model)

@@ -12,9 +12,11 @@ What a person can mend, as a missing shard or another model's file, is a `UserEr
 
 import json
 import math
+import os
 import pickle
 import re
 import typing
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,16 +26,31 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cli import UserError
-from model import CONFIGS, UMT5, Experts, WanDiT, WanVAE, lora_layers, move_frozen, sharded, tokenize
+from model import (
+    CONFIGS,
+    UMT5,
+    Experts,
+    LoRALinear,
+    WanDiT,
+    WanVAE,
+    full_precision,
+    lora_layers,
+    move_frozen,
+    sharded,
+    tokenize,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files of tensors
 
 MAPPED = 2**30  # bytes of a file that are mapped before it is let go and opened anew
+WRAPPERS = ("state_dict", "generator", "module", "model")  # under which training programs keep a network's state dict
 PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16", "F8_E4M3": "fp8", "F8_E5M2": "fp8"}
 PRECISIONS |= {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 PRECISIONS |= {torch.float8_e4m3fn: "fp8", torch.float8_e5m2: "fp8"}
-SCALES = (".scale_weight", ".weight_scale")  # ComfyUI's fp8_scaled: weight = fp8 value times this, beside `.weight`
+# fp8: weight = value times this, which stands beside `.weight`; ComfyUI's fp8_scaled, and DeepSeek's by blocks
+SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
+BLOCK = 128  # rows and columns of a block with a scale of its own
 
 
 def write_safetensors(tensors, path, metadata=None):
@@ -59,7 +76,10 @@ def open_safetensors(path):
 
 
 def open_pickle(path):
-    """The tensors of a .pth file by name, memory-mapped where the file allows it; no code in it is ever run."""
+    """The tensors of a .pt or .pth file by name, memory-mapped where the file allows it; no code in it is ever run.
+
+    Of a training checkpoint the state dict under one of `WRAPPERS`.
+    """
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -71,7 +91,9 @@ def open_pickle(path):
             reason = f"holds more than tensors, which could run code, so it was not read ({reason})"
             raise UserError(f"{path}: {reason}") from None
         raise UserError(f"{path}: not a readable checkpoint ({reason}); download it again") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
+    for wrapper in WRAPPERS:
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path}: not a dictionary of tensors")
     return state
@@ -84,6 +106,8 @@ def is_shard(path):
 def shard_files(path):
     """The files of a checkpoint: one file, or what the index in a folder names. UserError where one is missing."""
     path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{path}: GGUF, quantised weights; {INSTEAD}")
     if path.is_file() and not path.name.endswith(".index.json"):
         return [path]
     if not path.exists():
@@ -93,7 +117,7 @@ def shard_files(path):
         raise UserError(f"{path}: {len(indices)} indices in one folder; keep one: {', '.join(i.name for i in indices)}")
     if indices:
         return indexed_files(indices[0])
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
+    files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.pth"), *path.glob("*.pt")])
     if len(files) == 1 and not is_shard(files[0]):
         return files
     if files and all(map(is_shard, files)):
@@ -171,9 +195,32 @@ class Checkpoint:
                     tensor = tensor.float()
                     if self.scale(name):
                         ((_, scale),) = self.read({self.scale(name)})
-                        tensor *= scale.float().view(-1, *[1] * (tensor.dim() - 1))  # of the tensor, or of each row
+                        tensor *= spread_scale(scale.float(), tensor.shape)
                     tensor = tensor if part is None else tensor[part]
                 yield name, tensor
+
+
+def blocks_of(shape):
+    """The shape of the scales of an fp8 weight [out, in] in blocks."""
+    return tuple(-(-n // BLOCK) for n in shape)
+
+
+def spread_scale(scale, shape):
+    """An fp8 weight's scale, of the tensor, of each row or of each block, as a factor for the weight of that shape."""
+    if scale.dim() == 2 and tuple(scale.shape) == blocks_of(shape):
+        out, inner = shape
+        return scale.repeat_interleave(BLOCK, 0)[:out].repeat_interleave(BLOCK, 1)[:, :inner]
+    return scale.view(-1, *[1] * (len(shape) - 1))
+
+
+def scale_fits(checkpoint, name):
+    """False for an fp8 tensor whose scale is lost, or is no number a tensor, a row or a block."""
+    if checkpoint.precisions.get(name) != "fp8":
+        return True
+    scale, shape = checkpoint.scale(name), checkpoint.shapes[name]
+    if scale is None:  # a file of plain fp8 values has no scales at all
+        return not any(k.endswith((*SCALES, "scaled_fp8")) for k in checkpoint.shapes)
+    return math.prod(checkpoint.shapes[scale]) in (1, shape[0]) or checkpoint.shapes[scale] == blocks_of(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -202,9 +249,9 @@ VAE_NAMES = (
     (r"\.middle\.1\.", ".mid_block.attentions.0."), (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."),
     (r"residual\.3\.", "norm2."), (r"residual\.6\.", "conv2."), (r"\.shortcut\.", ".conv_shortcut."),
 )  # fmt: skip
-PREFIX = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer|transformer_2|unet)\.)+")
+PREFIX = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer|transformer_2|unet|module|generator)\.)+")
 BESIDE = re.compile(  # what ComfyUI's files hold beside the weights; nothing of it is needed here
-    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant)$"
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|weight_scale_inv|scale_input|input_scale|comfy_quant)$"
     r"|^spiece_model$|^(encoder\.embed_tokens|shared)\.weight$"
 )
 
@@ -242,6 +289,14 @@ def diffusers_names(module, names):
     return out
 
 
+def expert_in_name(path):
+    """Which of A14B's experts a file's or folder's name tells, "high" or "low" (of a link, its own name); or None."""
+    name = Path(os.path.abspath(path)).name.lower() if path else ""
+    high = "high" in name or name == "transformer"
+    low = re.search(r"(?<![a-z])low|low.?noise", name) or name == "transformer_2"  # not "slow", "flow"
+    return None if high == bool(low) else "high" if high else "low"
+
+
 def describe(shapes, path=""):
     """What network the tensors of these names and shapes are, in words; `path` tells A14B's experts apart."""
     bare = {PREFIX.sub("", k): v for k, v in shapes.items()}
@@ -254,11 +309,8 @@ def describe(shapes, path=""):
             if (dim, channels, layers) == (preset.dit.dim, preset.dit.in_dim, preset.dit.num_layers):
                 if preset.boundary is None:
                     return f"{name}'s transformer"
-                file = Path(path).name.lower()
-                if "high" in file or file == "transformer":
-                    return "A14B's high-noise expert"
-                low = re.search(r"(?<![a-z])low|low.?noise", file)  # not "slow", "flow"
-                return "A14B's low-noise expert" if low or file == "transformer_2" else "one of A14B's experts"
+                expert = expert_in_name(path)
+                return f"A14B's {expert}-noise expert" if expert else "one of A14B's experts"
         return f"a Wan transformer of width {dim} with {layers} layers and {channels} input channels"
     for key in ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"):
         if key in bare:
@@ -271,25 +323,38 @@ def describe(shapes, path=""):
     return "no network of Wan's"
 
 
-def scale_fits(checkpoint, name):
-    """False for an fp8 tensor whose scale is lost, or is one for blocks of it, which is not read here."""
-    if checkpoint.precisions.get(name) != "fp8":
-        return True
-    scale = checkpoint.scale(name)
-    if scale is None:  # a file of plain fp8 values has no scales at all
-        return not any(k.endswith((*SCALES, "scaled_fp8")) for k in checkpoint.shapes)
-    return math.prod(checkpoint.shapes[scale]) in (1, checkpoint.shapes[name][0])
+# what shows that weights are quantised for kernels that are not here: "name type" of their tensors
+QUANTISED = (
+    (r"\.(qweight|wscales|smooth_factor) ", "4-bit weights (nunchaku's SVDQuant, AWQ or GPTQ)"),
+    (r"\.(absmax|quant_map|SCB|quant_state\.\w+) ", "weights quantised by bitsandbytes"),
+    (r"\.weight (I8|torch\.int8)$", "int8 weights"), (r"\.weight (U8|torch\.uint8)$", "4-bit weights"),
+    (r"scale\w* (U8|F8_E8M0|torch\.uint8|torch\.float8_e8m0fnu)$", "mxfp8 weights, with scales for blocks of 32"),
+)  # fmt: skip
+INSTEAD = "only their own kernels read them; download the same model in bf16, fp16 or fp8 (fp8_scaled), as .safetensors"
+
+
+def quantisation(checkpoint):
+    """What kind of quantised weights a checkpoint holds that is not read here, in words; None of one that is."""
+    about = [f"{name} {kind}" for name, kind in checkpoint.precisions.items()]
+    for pattern, what in QUANTISED:
+        if sum(re.search(pattern, line) is not None for line in about) > 1:  # a single one is a fault of the file
+            return what
+    return None
 
 
 def match(module, checkpoint, asked):
     """({native name: name in the checkpoint}, layout); UserError where names, shapes or types do not fit."""
+    if quantisation(checkpoint):
+        raise UserError(f"{checkpoint.path}: {quantisation(checkpoint)}; {INSTEAD}")
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     native, theirs = {k: k for k in want}, diffusers_names(module, want)
     if "shared.weight" not in checkpoint.shapes:
         theirs = {k: v.replace("shared.weight", "encoder.embed_tokens.weight") for k, v in theirs.items()}
-    readings = [("native", native), ("Diffusers", theirs)]
-    for prefix in ("model.diffusion_model.", "diffusion_model."):
-        readings.append((f"ComfyUI ({prefix})", {k: prefix + k for k in want}))
+    readings = []
+    for prefix in sorted({"", *(found[0] for k in checkpoint.shapes if (found := PREFIX.match(k)))}):
+        under = f" under {prefix}" if prefix else ""
+        readings += [(layout + under, {k: prefix + v for k, v in names.items()})
+                     for layout, names in (("native", native), ("Diffusers", theirs))]  # fmt: skip
     layout, names = max(readings, key=lambda r: sum(n in checkpoint.shapes for n in r[1].values()))
     shapes, used = checkpoint.shapes, set(names.values())
     faults = [
@@ -338,7 +403,7 @@ def own_rows(weight):
 def load_weights(module, path, device=None, dtype=None, asked=""):
     """Load a checkpoint of any layout into a network; returns `Loaded`.
 
-    path: a .safetensors or .pth file, or a folder with one or with shards and their index. A network on the meta
+    path: a .safetensors, .pt or .pth file, or a folder with one or with shards and their index. A network on the meta
     device gets its weights on `device` in `dtype` (default: the file's); another keeps its own device and types.
     A WanDiT in half precision keeps norms, modulations, time embedding and head in fp32, as the reference computes
     them. Of weights that FSDP2 shards, each rank reads its own rows only. Raises UserError, before any weight
@@ -366,19 +431,39 @@ def load_weights(module, path, device=None, dtype=None, asked=""):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# LoRA files
+# LoRA files. A layer's update is dW = strength (alpha/rank) up @ down, or a whole difference `diff`. Trainers and
+# programs spell the layers' names in many ways, with dots or underscores and under many prefixes.
 
 LORA_KEY = re.compile(
-    r"^(?P<module>.+?)\.(?:(?P<kind>lora_A|lora_B|lora_down|lora_up)(?:\.\w+)?\.weight"
-    r"|(?P<other>alpha|diff|diff_b))$"
+    r"^(?P<module>.+?)\.(?:lora[_.](?P<kind>A|B|down|up)(?:\.\w+)?\.weight|(?P<other>alpha|diff|diff_b))$"
 )
-LORA_KINDS = {"lora_A": "down", "lora_B": "up", "lora_down": "down", "lora_up": "up"}
+LORA_KINDS = {"A": "down", "B": "up"}
+LORA_PREFIX = re.compile(
+    r"^(?:(?:base_model|model|diffusion_model|transformer_2|transformer|unet|pipe|dit|module|generator|lora_unet"
+    r"|lora_transformer|lycoris)_)+"
+)
+
+
+class Lora(typing.NamedTuple):
+    """A LoRA file, the transformer that it is for ("dit", or of A14B "high" or "low"), and how much of it is added."""
+
+    part: str
+    path: str
+    strength: float = 1.0
+
+
+class Added(typing.NamedTuple):
+    """What `merge_lora` or `attach_lora` did: layers changed, and the file's names that the model has nothing for."""
+
+    layers: int
+    unmatched: list
 
 
 def save_lora(model, path, metadata=None):
     """Write the LoRA as safetensors: `diffusion_model.<module>.lora_A.weight` [rank, in] and `.lora_B.weight`.
 
     The scale alpha/rank is multiplied into B, so readers that know no alpha, or assume alpha = rank, are right.
+    metadata: of the file's header; {"expert": "low"} tells which of A14B's experts it is for (`parse_loras`).
     """
     tensors = {}
     for name, layer in lora_layers(model).items():
@@ -387,83 +472,213 @@ def save_lora(model, path, metadata=None):
     write_safetensors(tensors, path, metadata)
 
 
-class Merge(typing.NamedTuple):
-    """What `merge_lora` did: layers changed, and the file's module names that the model has nothing for."""
-
-    merged: int
-    unmatched: list
+def plain_name(name):
+    """A module's name in the one spelling that is compared: underscores, and no prefix."""
+    return LORA_PREFIX.sub("", re.sub(r"[._]+", "_", name))
 
 
-def lora_alpha(checkpoint):
-    """The alpha that PEFT keeps in an adapter_config.json beside its file, and Diffusers in the header; else None."""
-    beside, config = checkpoint.path.with_name("adapter_config.json"), {}
-    if checkpoint.path.name.startswith("adapter_model") and beside.is_file():
+def lora_alpha(checkpoint, prefix):
+    """The alpha that PEFT keeps in an adapter_config.json beside its file, and Diffusers in the header under a prefix,
+    "transformer" or "transformer_2"; else None."""
+    file, config = checkpoint.files[0], {}
+    beside = file.with_name("adapter_config.json")
+    if file.name.startswith("adapter_model") and beside.is_file():
         config = json.loads(beside.read_text())
     elif "lora_adapter_metadata" in checkpoint.metadata:
         config = json.loads(checkpoint.metadata["lora_adapter_metadata"])
-        config = {k.removeprefix("transformer."): v for k, v in config.items()}
+        config = {k.removeprefix(prefix + "."): v for k, v in config.items() if k.startswith(prefix + ".")}
     odd = [k for k in ("alpha_pattern", "use_rslora", "use_dora") if config.get(k)]
     if odd:
         raise UserError(f"{checkpoint.path}: a LoRA with {', '.join(odd)} cannot be merged; merge it with PEFT first")
     return config.get("lora_alpha")
 
 
-def merge_lora(model, path, strength=1.0):
-    """Add a LoRA file's update to a WanDiT's weights, computed in fp32; returns `Merge`.
+def match_lora(model, checkpoint, part):
+    """What a LoRA file holds for a WanDiT: ({module: {kind: key}}, names that the model has not, alpha or None).
 
-    Reads PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up`, both with `alpha` (absent: `lora_alpha`'s,
-    or the rank), and `diff`/`diff_b`/`diff_m` (whole differences of weight, bias and modulation), under native,
-    Diffusers or kohya module names with any usual prefix. Raises UserError, and changes nothing, if a shape does not
-    fit, half of a pair is missing, a layer's update is of another kind (DoRA, LoKr), or nothing at all matches.
+    By the headers. kind: "down", "up", "alpha", "diff" or "diff_b". Of a file with both of A14B's experts, under
+    `transformer.` and `transformer_2.` as Diffusers has them, `part` takes its own. UserError: see `read_lora`.
     """
-    checkpoint = Checkpoint(path)
-    alpha = lora_alpha(checkpoint)
+    path, keys, prefix = checkpoint.path, list(checkpoint.shapes), "transformer"
+    if any(k.startswith("transformer_2.") for k in keys):
+        prefix = {"high": "transformer", "low": "transformer_2"}.get(part)
+        if prefix is None:
+            raise UserError(f"{path}: a LoRA of A14B's two experts, it goes with --model wan14b")
+        keys = [k for k in keys if k.startswith(prefix + ".")]
     modules = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter)}
     weights = {n: m.weight for n, m in modules.items()}
     weights |= {n: p for n, p in model.named_parameters() if n.endswith("modulation")}
-    spelled = {n.removesuffix(".weight"): k.removesuffix(".weight")
-               for k, n in diffusers_names(model, [m + ".weight" for m in modules]).items()}  # fmt: skip
-    spelled |= {n: n for n in weights} | {"lora_unet_" + n.replace(".", "_"): n for n in modules}
-    groups, unmatched = {}, set()
-    for key in checkpoint.shapes:
-        bare = PREFIX.sub("", key)
-        found = LORA_KEY.match(bare.replace(".diff_m", ".modulation.diff"))
-        name = spelled.get(found["module"]) if found else None
+    theirs = diffusers_names(model, [n + ".weight" for n in modules])
+    known = {plain_name(k.removesuffix(".weight")): n.removesuffix(".weight") for n, k in theirs.items()}
+    known |= {plain_name(n): n for n in weights}
+    found, unmatched = {}, set()
+    for key in keys:
+        parsed = LORA_KEY.match(key.replace(".diff_m", ".modulation.diff"))
+        name = known.get(plain_name(parsed["module"])) if parsed else None
         if name is not None:
-            groups.setdefault(name, {})[LORA_KINDS.get(found["kind"], found["other"])] = key
-        elif found or not any(bare.startswith(n + ".") for n in spelled):
-            unmatched.add(found["module"] if found else bare)
+            found.setdefault(name, {})[LORA_KINDS.get(parsed["kind"], parsed["kind"] or parsed["other"])] = key
+        elif parsed or not any(plain_name(key[: dot.start()]) in known for dot in re.finditer(r"\.", key)):
+            unmatched.add(PREFIX.sub("", parsed["module"] if parsed else key))
         else:
-            raise UserError(f"{path}: {key} is no kind of update that can be merged; without it the rest means little")
-    if not groups:
-        has, wants = next(iter(checkpoint.shapes), "no tensor"), next(iter(modules))
+            raise UserError(f"{path}: {key} is no kind of update that can be added; without it the rest means little")
+    if not found:
+        has, wants = next(iter(keys), "no tensor"), next(iter(modules))
         raise UserError(f"{path}: nothing to merge, no name fits this model; the file has {has}, the model {wants}")
-    for name, keys in groups.items():
-        if ("down" in keys) != ("up" in keys) or not keys.keys() - {"alpha"}:
-            raise UserError(f"{path}: {name} has only {', '.join(keys)}, half of its update; download the file again")
-        sizes = {kind: checkpoint.shapes[key] for kind, key in keys.items()}
+    for name, kinds in found.items():
+        if ("down" in kinds) != ("up" in kinds) or not kinds.keys() - {"alpha"}:
+            raise UserError(f"{path}: {name} has only {', '.join(kinds)}, half of its update; download the file again")
+        sizes = {kind: checkpoint.shapes[key] for kind, key in kinds.items()}
         out, *inner = weights[name].shape
         fits = sizes.get("diff", (out, *inner)) == (out, *inner) and sizes.get("diff_b", (out,)) == (out,)
         if "down" in sizes:
             fits = fits and sizes["up"][:2] == (out, sizes["down"][0]) and sizes["down"][1] == inner[0]
-        if not fits or ("diff_b" in keys and getattr(modules.get(name), "bias", None) is None):
-            raise UserError(
-                f"{path}: {name} is {sizes}, the model's weight is {(out, *inner)}: a LoRA of another model"
-            )
-    tensors = dict(checkpoint.read({key for keys in groups.values() for key in keys.values()}))
-    with torch.no_grad():
-        for name, keys in groups.items():
-            weight, get = weights[name], {kind: tensors[key].float() for kind, key in keys.items()}
-            update = get["diff"].clone() if "diff" in get else torch.zeros(weight.shape)
-            if "down" in get:
-                rank = len(get["down"])
-                scale = (float(get["alpha"]) if "alpha" in get else rank if alpha is None else alpha) / rank
-                update += scale * (get["up"].flatten(1) @ get["down"].flatten(1)).view(weight.shape)
-            weight.copy_(weight.float() + strength * update.to(weight.device))
-            if "diff_b" in get:
-                bias = modules[name].bias
-                bias.copy_(bias.float() + strength * get["diff_b"].to(bias.device))
-    return Merge(len(groups), sorted(unmatched))
+        if not fits or ("diff_b" in kinds and getattr(modules.get(name), "bias", None) is None):
+            size = f"{name} is {sizes}, the model's weight is {(out, *inner)}"
+            raise UserError(f"{path}: {size}: a LoRA of another model")
+    return found, sorted(unmatched), lora_alpha(checkpoint, prefix)
+
+
+def read_lora(model, path, strength=1.0, part="dit"):
+    """A LoRA file's update of a WanDiT: ({module: {"down", "up", "diff", "diff_b"}}, names that the model has not).
+
+    dW = up @ down + diff, and diff_b is added to the bias; all fp32, with strength and alpha/rank multiplied in. Reads
+    PEFT (`lora_A`/`lora_B`, also `.default`), `lora_down`/`lora_up`, both with `alpha` (absent: `lora_alpha`'s, or the
+    rank), and `diff`/`diff_b`/`diff_m` (whole differences of weight, bias and modulation), under native, Diffusers or
+    kohya module names with any usual prefix; part: see `match_lora`. Raises UserError if a shape does not fit, half of
+    a pair is missing, a layer's update is of another kind (DoRA, LoKr), a value is not finite, or nothing matches.
+    """
+    checkpoint = Checkpoint(path)
+    found, unmatched, alpha = match_lora(model, checkpoint, part)
+    tensors = dict(checkpoint.read({key for kinds in found.values() for key in kinds.values()}))
+    bad = next((key for key, value in tensors.items() if not value.isfinite().all()), None)
+    if bad:
+        raise UserError(f"{path}: {bad} holds NaN or infinite values; download it again, or train it again")
+    updates = {}
+    for name, kinds in found.items():
+        update = updates[name] = {kind: tensors[key].float() for kind, key in kinds.items()}
+        own_alpha = update.pop("alpha", alpha)
+        if "down" in update:
+            scale = 1.0 if own_alpha is None else float(own_alpha) / len(update["down"])
+            update["up"] = strength * scale * update["up"]
+        for kind in update.keys() & {"diff", "diff_b"}:
+            update[kind] = strength * update[kind]
+    return updates, unmatched
+
+
+@torch.no_grad()
+def add_rounded(weight, update, name):
+    """weight += update, summed in full precision and rounded once.
+
+    A bf16 weight is rounded at random to one of its two neighbours, with the probabilities that keep the sum's mean:
+    rounding to the nearest leaves a third of an update of 6e-4 of the weights' norm, this all of it. The draw depends
+    on the weight's name only, so that all ranks have the same weights. Of a weight that FSDP2 shards, each rank adds
+    to its own rows.
+    """
+    rows = own_rows(weight)
+    if rows is not None:
+        weight, update = weight.to_local(), update[rows]
+    total = full_precision(weight) + update.to(weight.device)
+    if weight.dtype == torch.bfloat16:  # the upper half of an fp32 number's bits
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+        chance = torch.randint(2**16, total.shape, generator=generator, dtype=torch.int32, device=weight.device)
+        total = (total.view(torch.int32) + chance & -(2**16)).view(torch.float32)
+    weight.copy_(total)
+
+
+def merge_updates(model, updates):
+    """Add updates as `read_lora` gives them to a WanDiT's own weights."""
+    for name, update in updates.items():
+        bias = update.pop("diff_b", None)
+        if bias is not None:
+            add_rounded(model.get_submodule(name).bias, bias, name + ".bias")
+        if update:
+            weight = model.get_parameter(name if name.endswith("modulation") else name + ".weight")
+            change = update.get("diff", torch.zeros(()))
+            if "down" in update:
+                up, down = (update[kind].flatten(1).to(weight.device) for kind in ("up", "down"))
+                change = change.to(weight.device) + (up @ down).view(weight.shape)
+            add_rounded(weight, change, name)
+
+
+def merge_lora(model, path, strength=1.0, part="dit"):
+    """Add a LoRA file's update to a WanDiT's weights; returns `Added`. UserError, before any changes: see `read_lora`.
+
+    For the LoRA of a distilled base, which is never taken off again; what is tuned stays beside the weights
+    (`attach_lora`).
+    """
+    updates, unmatched = read_lora(model, path, strength, part)
+    merge_updates(model, updates)
+    return Added(len(updates), unmatched)
+
+
+def attach_lora(model, path, strength=1.0, part="dit"):
+    """Put a LoRA file beside a WanDiT's weights as `LoRALinear` layers; returns `Added`. UserError: see `read_lora`.
+
+    The model then computes as it did in training, and keeps what bf16 weights would round. A second LoRA of a layer
+    adds its rank to the first one's. Whole differences, and updates of layers other than plain linear ones, are merged.
+    """
+    updates, unmatched = read_lora(model, path, strength, part)
+    for name, update in updates.items():
+        layer = None if name.endswith("modulation") else model.get_submodule(name)
+        if "down" in update and type(layer) in (nn.Linear, LoRALinear):
+            down, up = (update.pop(kind).to(layer.weight.device) for kind in ("down", "up"))
+            if isinstance(layer, LoRALinear):
+                down = torch.cat([layer.lora_A.detach(), down])
+                up = torch.cat([layer.scale * layer.lora_B.detach(), up], 1)
+            rank = len(down)
+            layer = LoRALinear(layer, rank, alpha=rank).requires_grad_(False)
+            layer.lora_A.data, layer.lora_B.data = down, up
+            model.set_submodule(name, layer)
+    merge_updates(model, {name: update for name, update in updates.items() if update})
+    return Added(len(updates), unmatched)
+
+
+def parse_loras(text, preset, option="--lora"):
+    """'[high=|low=]FILE[:STRENGTH],...' to a list of `Lora`.
+
+    A path may itself hold commas, colons and equals signs: what names a file is one. Of A14B a LoRA without an expert
+    goes to both if it holds both, or to the one that its header or its name tells. UserError for a file that is not
+    there, and where nothing tells the expert.
+    """
+    loras, pieces = [], text.split(",")
+    while pieces:
+        counts = range(1, len(pieces) + 1)
+        count, item = next(((n, item) for n in counts if (item := lora_item(",".join(pieces[:n])))), (1, None))
+        if item is not None:
+            loras += place_lora(*item, preset, option)
+        elif pieces[0]:
+            raise UserError(f"{option} {pieces[0]}: no such file; it is [high=|low=]FILE[:STRENGTH], comma-separated")
+        del pieces[:count]
+    return loras
+
+
+def lora_item(text):
+    """(expert or "", path, strength) of '[high=|low=]FILE[:STRENGTH]', None where no such file is there."""
+    expert = re.match(r"(high|low)=", text)
+    for part, file in (("", text), *([(expert[1], text[expert.end() :])] if expert else [])):
+        strength = re.fullmatch(r"(.+):([-+]?\d*\.?\d+)", file)
+        for path, number in ((file, 1.0), *([(strength[1], float(strength[2]))] if strength else [])):
+            if path and Path(path).exists():
+                return part, path, number
+    return None
+
+
+def place_lora(part, path, strength, preset, option):
+    """The `Lora`s of one file, by the expert that was given, or that the file's names, header or own name tell."""
+    if preset.boundary is None:
+        if part:
+            raise UserError(f"{option} {part}={path}: only wan14b has experts, high and low; give the file alone")
+        return [Lora("dit", path, strength)]
+    checkpoint = Checkpoint(path)
+    prefixes = {key.split(".")[0] for key in checkpoint.shapes}
+    if "transformer_2" in prefixes and not part:  # as Diffusers has both experts in one file
+        high = [Lora("high", path, strength)] if "transformer" in prefixes else []
+        return [*high, Lora("low", path, strength)]
+    part = part or checkpoint.metadata.get("expert") or expert_in_name(path)
+    if part is None:
+        which = "its name does not tell whether it is for A14B's high-noise or its low-noise expert"
+        raise UserError(f"{option} {path}: {which}; give high={path} or low={path}")
+    return [Lora(part, path, strength)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -506,10 +721,26 @@ def expected(preset, part):
     return describe({k: tuple(v.shape) for k, v in blank(preset, part).state_dict().items()})
 
 
+FILES = ("*.safetensors", "*.safetensors.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+def identify(path):
+    """What a file, or a folder with shards and their index, holds, in words."""
+    if path.suffix == ".gguf":
+        return "GGUF, which is not read here"
+    try:
+        checkpoint = Checkpoint(path)
+    except UserError:
+        if path.suffix in (".pt", ".pth"):  # any program's file may be called so
+            return "no network of Wan's"
+        raise
+    return quantisation(checkpoint) or describe(checkpoint.shapes, path)
+
+
 def find_parts(name, folder):
     """The path of each of a preset's networks and of its tokenizer in a folder.
 
-    Known places first; then any single .safetensors file below the folder whose tensors are the network's. UserError
+    Known places first; then any single file below the folder whose tensors are the network's. UserError
     names what is missing, and which networks the folder has instead.
     """
     preset, folder = CONFIGS[name], Path(folder)
@@ -526,11 +757,11 @@ def find_parts(name, folder):
     parts = {p: next((folder / place for place in PLACES[p] if holds(folder / place)), None) for p in wanted}
     lost = {p: expected(preset, p) if p in NAMES else "" for p in wanted if parts[p] is None}
     found = {}
-    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.safetensors.index.json")]) if lost else ():
-        if is_shard(path):
+    for path in sorted(path for kind in FILES for path in folder.rglob(kind)) if lost else ():
+        if is_shard(path) or path in parts.values():
             continue
-        path = path if path.suffix == ".safetensors" else path.parent
-        found[path] = describe(Checkpoint(path).shapes, path.resolve())
+        path = path.parent if path.suffix == ".json" else path
+        found[path] = identify(path)
         for part in lost:
             if path.is_file() and found[path] == lost[part]:
                 if parts[part] is not None:
@@ -558,23 +789,34 @@ def check_experts(high, low):
         raise UserError(f"{high} and {low} hold the same weights: one expert was downloaded or copied twice")
 
 
+def add_own_loras(module, part, loras, add):
+    """Add those of some LoRAs that are for this transformer, and say so; add: `merge_lora` or `attach_lora`."""
+    for lora in loras:
+        if lora.part == part:
+            layers, unmatched = add(module, lora.path, lora.strength, part)
+            how = "merged into" if add is merge_lora else "beside"
+            found = f"{how} {layers} layers of the {NAMES[part]}, strength {lora.strength:g}"
+            print(f"{lora.path}: {found}; {len(unmatched)} names unmatched", flush=True)
+
+
 class Wan:
     """A preset's networks `dit`, `vae` and `text`, frozen and in eval mode, each read when it is first asked for.
 
     Every file's header is checked at once. `dit` and `text` are in `dtype`, the VAE in fp32 as the reference has it;
     `dit` and `vae` compute in `compute_dtype` (None: in their own). With keep=False only one network is in memory:
-    asking for another lets the last one go (sampling); what was changed in it is lost, so `loras`, (part, path) pairs,
-    are merged whenever their transformer is read. shard(module), if given, distributes a transformer over ranks before
-    its weights are read (FSDP2). offload, which may be set at any time: see `at_work`.
+    asking for another lets the last one go (sampling). Whenever a transformer is read, those of `base_loras` that are
+    its own are merged into it, as of a distilled base, and those of `loras` are put beside its weights. shard(module),
+    if given, distributes a transformer over ranks before its weights are read (FSDP2). offload, which may be set at any
+    time: see `at_work`.
     """
 
     def __init__(self, name, preset, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=(), shard=None,
-                 compute_dtype=None):  # fmt: skip
+                 compute_dtype=None, base_loras=()):  # fmt: skip
         from tokenizers import Tokenizer
 
         self.name, self.preset, self.device = name, preset, torch.device(device)
-        self.dtype, self.compute_dtype, self.keep, self.loras, self.shard = dtype, compute_dtype, keep, loras, shard
-        self.networks, self.offload = {}, False
+        self.dtype, self.compute_dtype, self.keep, self.shard = dtype, compute_dtype, keep, shard
+        self.loras, self.base_loras, self.networks, self.offload = loras, base_loras, {}, False
         self.paths = find_parts(name, ckpt or self.preset.folder)
         for part, path in self.paths.items():
             if part in NAMES:
@@ -622,11 +864,15 @@ class Wan:
         if self.preset.folder is None:
             kind = f"{done.tensors} tensors, {done.precision}, {done.layout}"
             print(f"{NAMES[part]}: {kind}: {self.paths[part]}", flush=True)
-        for path in [path for target, path in self.loras if target == part]:
-            merged, unmatched = merge_lora(module, path)
-            layers = f"{merged} layers of the {NAMES[part]}, {len(unmatched)} names unmatched"
-            print(f"{path}: merged into {layers}", flush=True)
+        add_own_loras(module, part, self.base_loras, merge_lora)
+        add_own_loras(module, part, self.loras, attach_lora)
         return module.eval().requires_grad_(False)
+
+    def attach(self, loras):
+        """Put further LoRAs beside the weights of the transformers that are in memory, and of those yet to be read."""
+        self.loras = [*self.loras, *loras]
+        for part, module in self.dit.named_children() if isinstance(self.dit, Experts) else [("dit", self.dit)]:
+            add_own_loras(module, part, loras, attach_lora)
 
     def at_work(self, *parts):
         """With `offload`, bring the loaded networks of these names to the device, and the others to the host.
@@ -662,15 +908,17 @@ def find_preset(name, ckpt=None, shift=None):
 
 
 def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None, shift=None,
-               compute_dtype=None):  # fmt: skip
+               compute_dtype=None, base_loras=()):  # fmt: skip
     """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2, shift to the preset's.
+
+    loras, base_loras: `parse_loras`'s.
 
     Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any of them is read.
     """
     preset = find_preset(name, ckpt, shift)
     if dtype is None:
         dtype = torch.float32 if preset.folder else torch.bfloat16
-    return Wan(name, preset, ckpt, device, dtype, keep, list(loras), shard, compute_dtype)
+    return Wan(name, preset, ckpt, device, dtype, keep, loras, shard, compute_dtype, base_loras)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
+import eval as evaluation
 import model
 import sample
 import train
@@ -36,7 +38,7 @@ from model import (
 )
 from reward import TEMPLATE, FaceDetector, Faces
 from sample import condition, guided, rollout, sigmas, unipc
-from weights import load_model, load_weights, merge_lora, save_lora
+from weights import Lora, attach_lora, load_model, load_weights, merge_lora, parse_loras, save_lora
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -248,7 +250,8 @@ def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world
 
 @pytest.mark.parametrize("name", ["wan5b", "wan14b"])
 def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, monkeypatch, capsys):
-    """data.py, train.py and --resume; of A14B's experts the low-noise one is tuned."""
+    """data.py, train.py and --resume on a distilled base; of A14B's experts the low-noise one is tuned. eval.py then
+    measures what training saw."""
     for split in ("train", "heldout"):
         (tmp_path / "clips" / split).mkdir(parents=True)
         for i in range(2):
@@ -267,22 +270,39 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
         main()
 
     program(data.main, tmp_path / "clips", "--out", tmp_path / "set", *ckpt)
-    out = ["--out", tmp_path / "run"]
-    program(train.main, *ckpt, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2, "--sampling_steps", 4,
-            "--window", 1, "--lr", 1e-3, "--lora_rank", 2, "--eval_clips", 2, "--offload")  # fmt: skip
+    dit = WanDiT(CONFIGS[name].dit)
+    for p in add_lora(dit, 2):
+        p.data += 0.1 * torch.randn_like(p)
+    file, out = tmp_path / "base=1.safetensors", ["--out", tmp_path / "run"]
+    save_lora(dit, file)
+    base = ["--base_lora", f"{file}:0.5" if name == "wan5b" else f"high={file},low={file}"]
+    program(train.main, *ckpt, *base, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2,
+            "--sampling_steps", 4, "--window", 1, "--lr", 1e-3, "--lora_rank", 2, "--eval_clips", 2,
+            "--offload")  # fmt: skip
     program(train.main, "--resume", *out, "--steps", 3)
-    assert "going on from step 2" in capsys.readouterr().out
+    said, transformers_ = capsys.readouterr().out, 1 if name == "wan5b" else 2
+    assert "going on from step 2" in said
+    assert said.count("base=1.safetensors: merged into 20 layers") == 2 * transformers_  # by both runs
+    assert f"{name}: 4 steps by euler, shift 5, no guidance, base LoRA {base[1]}" in said
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "held_out" not in row]
     assert [row["step"] for row in steps] == [0, 1, 2] and all(row["face_rate"] == 1 for row in steps)
     assert steps[0]["kl"] == 0 < steps[1]["kl"] and all(row["grad_norm"] > 0 for row in steps)
     lora = tmp_path / "run/lora.safetensors"
     assert any(v.any() for k, v in load_file(lora).items() if "lora_B" in k)
-    tuned, plain = (load_model(name, world[0] / f"native-{name}").dit for _ in range(2))
-    if name == "wan14b":
-        tuned, plain = tuned.expert("low"), plain.expert("low")
-    assert merge_lora(tuned, lora)[0] == 2 * 10  # q, k, v, o of both attentions and two layers of feed-forward
+    tuned, plain = (load_model(name, world[0] / f"native-{name}").tuned for _ in range(2))
+    assert merge_lora(tuned, lora).layers == 2 * 10  # q, k, v, o of both attentions and two layers of feed-forward
     assert not all(map(torch.equal, tuned.parameters(), plain.parameters()))
+    program(evaluation.main, *ckpt, *base, "--data", tmp_path / "set", "--out", tmp_path / "report", "--lora", lora,
+            "--clips", 2, "--sampling_steps", 4)  # fmt: skip
+    part = "transformer" if name == "wan5b" else "low-noise expert"
+    assert f"lora.safetensors: beside 20 layers of the {part}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report/eval.json").read_text())
+    watched = {row["step"]: row["held_out"]["facesim"] for row in rows if "held_out" in row}
+    for column, step in (("base", 0), ("LoRA", 3)):
+        found = np.mean([clip["facesim"] for clip in report[column]])
+        assert found == pytest.approx(watched[step], abs=1e-5), column
+    assert watched[0] != watched[3]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -335,6 +355,28 @@ def test_fp8_scaled_files_are_dequantised(suffix, shape, tmp_path):
     for key, value in ours.state_dict().items():
         error = (value - source[key]).abs()
         assert (error <= 0.07 * source[key].abs() + 1e-3).all(), key  # fp8 e4m3 has 3 bits of mantissa
+
+
+def test_fp8_with_a_scale_a_block_is_dequantised(tmp_path):
+    """128 x 128 weights to a scale, as DeepSeek's layout has it; the last blocks are cut off at the weight's border."""
+    cfg = dataclasses.replace(DIT5, dim=144, ffn_dim=300)
+    source = random_values(WanDiT(cfg)).state_dict()
+    state = {}
+    for key, value in source.items():
+        if key.endswith("ffn.0.weight"):
+            scale = torch.rand(3, 2) + 0.5
+            for i, rows in enumerate(value.split(128)):
+                for j, block in enumerate(rows.split(128, 1)):
+                    block /= scale[i, j]
+            state[key], state[key + "_scale_inv"] = value.to(torch.float8_e4m3fn), scale
+            value *= scale.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)[:, :144]
+        else:
+            state[key] = value
+    save_file(state, tmp_path / "fp8.safetensors")
+    ours = WanDiT(cfg)
+    assert load_weights(ours, tmp_path / "fp8.safetensors").precision == "fp32+fp8"
+    for key, value in ours.state_dict().items():
+        assert ((value - source[key]).abs() <= 0.07 * source[key].abs() + 2e-3).all(), key  # 3 bits of mantissa
 
 
 @pytest.mark.parametrize("harm", ["lost", "block"])
@@ -566,6 +608,74 @@ def test_a_flat_folder_of_single_files_and_an_expert_with_a_fault_are_read_by_co
         load_model("wan14b", folder)
 
 
+def quantised_state(kind):
+    """The names and types of a transformer in a format that is not read here."""
+    state = WanDiT(DIT5).state_dict()
+    for k in (0, 1):
+        name = f"blocks.{k}.ffn.0."
+        if kind == "nunchaku":
+            del state[name + "weight"]
+            state |= {name + "qweight": torch.zeros(80, 24, dtype=torch.int8), name + "wscales": torch.ones(1, 80),
+                      name + "lora_down": torch.ones(48, 2), name + "lora_up": torch.ones(80, 2),
+                      name + "smooth_factor": torch.ones(48)}  # fmt: skip
+        elif kind == "bitsandbytes":
+            state |= {name + "weight": torch.zeros(1920, 1, dtype=torch.uint8), name + "weight.absmax": torch.ones(60)}
+        elif kind == "int8":
+            state |= {name + "weight": torch.zeros(80, 48, dtype=torch.int8), name + "weight_scale": torch.ones(80)}
+        else:
+            state |= {name + "weight": torch.zeros(80, 48).to(torch.float8_e4m3fn),
+                      name + "weight_scale": torch.zeros(80, 2, dtype=torch.uint8)}  # fmt: skip
+    return state
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("gguf", "GGUF"), ("nunchaku", "nunchaku"), ("bitsandbytes", "bitsandbytes"), ("int8", "int8 weights"),
+    ("mxfp8", "mxfp8"),
+])  # fmt: skip
+def test_quantised_files_are_refused_by_what_they_are_with_what_to_download_instead(kind, words, tmp_native, tmp_path):
+    file = tmp_path / f"wan.{'gguf' if kind == 'gguf' else 'safetensors'}"
+    if kind == "gguf":
+        file.write_bytes(b"GGUF\x03\0\0\0")
+    else:
+        save_file(quantised_state(kind), file)
+    with pytest.raises(UserError, match=f"{words}.* download the same model in bf16, fp16 or fp8"):
+        load_weights(WanDiT(DIT5), file)
+    for shard in tmp_native.glob("diffusion_pytorch_model*"):
+        shard.unlink()
+    shutil.copy(file, tmp_native)
+    with pytest.raises(UserError, match=f"(?s)no transformer.*{words}"):
+        load_model("wan5b", tmp_native)
+
+
+@pytest.mark.parametrize("layout", ["model.", "module.", "generator.model.", "nested", "model.diffusion_model."])
+def test_a_transformer_in_a_pt_file_is_found_and_read(layout, tmp_native):
+    """As 5B-Turbo's generator.pt, and as training programs write them."""
+    state = load_model("wan5b", tmp_native, dtype=torch.float32).dit.state_dict()
+    for shard in tmp_native.glob("diffusion_pytorch_model*"):
+        shard.unlink()
+    prefixed = {(layout if layout != "nested" else "model.") + k: v for k, v in state.items()}
+    checkpoint = {"generator": prefixed, "step": 3} if layout == "nested" else prefixed
+    torch.save(checkpoint, tmp_native / "generator.pt")
+    torch.save({"optimizer": [1, 2]}, tmp_native / "optimizer.pt")  # is none of ours, and no harm
+    found = load_model("wan5b", tmp_native, dtype=torch.float32).dit.state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(v, found[k]) for k, v in state.items())
+
+
+def test_files_of_the_hubs_cache_are_known_by_their_links_names(world, tmp_path):
+    """There a file's name is a link to a blob, which is called by its hash."""
+    snapshot, blobs = tmp_path / "snapshots/1a2b", tmp_path / "blobs"
+    blobs.mkdir()
+    for i, file in enumerate(sorted(f for f in (world[0] / "comfy-wan14b").rglob("*.*") if f.is_file())):
+        shutil.copy(file, blobs / f"{i:064x}")
+        link = snapshot / file.relative_to(world[0] / "comfy-wan14b")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / f"{i:064x}")
+    wan, plain = (load_model("wan14b", folder, dtype=torch.float32) for folder in (snapshot, world[0] / "comfy-wan14b"))
+    assert wan.paths["high"].name == "wan2.2_high_noise_fp16.safetensors"
+    for name in ("high", "low"):
+        assert all(map(torch.equal, wan.dit.expert(name).parameters(), plain.dit.expert(name).parameters()))
+
+
 def test_swapped_and_doubled_experts_are_refused(world, tmp_path):
     folder = shutil.copytree(world[0] / "native-wan14b", tmp_path / "twice")
     shutil.rmtree(folder / "low_noise_model")
@@ -720,7 +830,7 @@ def test_an_alpha_outside_the_tensors_counts(place, tuned, tmp_path):
         metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
     save_file({f"transformer.{k}": v for k, v in state.items()}, file, metadata)
     merging = fresh()
-    assert merge_lora(merging, file).merged == 20 and distance(merging) < 1e-4
+    assert merge_lora(merging, file).layers == 20 and distance(merging) < 1e-4
     if place == "PEFT":
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
         with pytest.raises(UserError, match="use_rslora cannot be merged"):
@@ -765,17 +875,189 @@ def test_diffusers_loads_what_we_save(tuned, world, tmp_path):
     assert (ours - expected).abs().max() < 1e-4 and (ours - plain).abs().max() > 1e-2
 
 
-def test_merging_into_half_precision_rounds_once(tuned, tmp_path):
-    """W + ΔW is summed in fp32 and rounded; rounding ΔW first would lose small updates."""
+@pytest.mark.parametrize("size", [6e-4, 5e-3])  # of the weights' norm: of recipe roll's updates, and of the paper's
+def test_none_of_a_lora_is_lost_in_bf16_weights(size, tmp_path):
+    """W + dW is summed in fp32 and rounded once, to one of its neighbours: nearest would lose two thirds of 6e-4."""
+    cfg = dataclasses.replace(DIT5, dim=96, ffn_dim=512)
+    torch.manual_seed(0)
+    dit = WanDiT(cfg)
+    add_lora(dit, 4, alpha=2, targets=("ffn.0", "ffn.2"))
+    for layer in lora_layers(dit).values():
+        torch.nn.init.normal_(layer.lora_B)
+        layer.lora_B.data *= size * layer.weight.norm() / (layer.scale * layer.lora_B @ layer.lora_A).norm()
+    save_lora(dit, tmp_path / "lora.safetensors")
+    half = WanDiT(cfg)
+    half.load_state_dict(dit.state_dict(), strict=False)
+    half = half.bfloat16()
+    base = {k: v.clone() for k, v in half.state_dict().items()}
+    again = copy.deepcopy(half)
+    assert all(merge_lora(m, tmp_path / "lora.safetensors") == (4, []) for m in (half, again))
+    assert all(map(torch.equal, half.parameters(), again.parameters()))  # on every rank alike
+    along = total = 0
+    for name, layer in lora_layers(dit).items():
+        update = layer.scale * (layer.lora_B @ layer.lora_A).detach()
+        change = half.state_dict()[name + ".weight"].float() - base[name + ".weight"].float()
+        off = (change - update).abs() / (base[name + ".weight"].float().abs() + update.abs())
+        assert off.max() <= 2**-7  # a neighbour
+        along, total = along + float((change * update).sum()), total + float(update.square().sum())
+    # the standard error is 2.3 (0.5) times the update's norm over the square root of 196,608 weights
+    assert abs(along / total - 1) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attached_lora_is_the_tuned_model_and_leaves_the_weights(dtype, tuned, tmp_path):
     fresh, dit, _ = tuned
     save_lora(dit, tmp_path / "lora.safetensors")
-    exact, half = fresh(), fresh().bfloat16()
-    base = {k: v.clone() for k, v in half.state_dict().items()}
-    merge_lora(exact, tmp_path / "lora.safetensors")
-    merge_lora(half, tmp_path / "lora.safetensors")
-    key = "blocks.0.self_attn.q.weight"
-    update = exact.state_dict()[key] - fresh().state_dict()[key]
-    assert torch.equal(half.state_dict()[key], (base[key].float() + update).bfloat16())
+    for model_ in (dit, attached := fresh()):
+        for key, value in model_.state_dict().items():
+            if "lora" not in key and not weights.KEPT_FP32.search(key):
+                model_.get_parameter(key).data = value.to(dtype)
+    base = {k: v.clone() for k, v in attached.state_dict().items()}
+    assert attach_lora(attached, tmp_path / "lora.safetensors") == (20, [])
+    x, t, context = torch.randn(1, 6, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 12, 40)
+    # fp32: alpha / rank is multiplied in another order
+    tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0, atol=0)
+    assert torch.allclose(attached(x, t, context), dit(x, t, context), **tolerance)
+    assert all(torch.equal(v, attached.state_dict()[k]) for k, v in base.items())
+    assert not any(p.requires_grad for layer in lora_layers(attached).values() for p in (layer.lora_A, layer.lora_B))
+
+
+def test_several_loras_add_up_with_their_strengths(tuned, tmp_path):
+    fresh, dit, _ = tuned
+    save_lora(dit, tmp_path / "a.safetensors")
+    for layer in lora_layers(dit).values():
+        layer.lora_A.data = torch.randn_like(layer.lora_A) / 7
+    state = {k: v for k, v in spelled(lora_layers(dit), "diff").items() if "blocks.0" in k}
+    state["blocks.1.modulation.diff"] = torch.ones(1, 6, 48)
+    save_file(state, tmp_path / "b.safetensors")
+    merged, attached = fresh(), fresh()
+    for add, to in ((merge_lora, merged), (attach_lora, attached)):
+        add(to, tmp_path / "a.safetensors", 0.5)
+        add(to, tmp_path / "a.safetensors", -0.2)
+        add(to, tmp_path / "b.safetensors", 0.7)  # whole differences have no rank: these are merged
+    assert {len(layer.lora_A) for layer in lora_layers(attached).values()} == {8}
+    x, t, context = torch.randn(1, 6, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 12, 40)
+    assert torch.allclose(merged(x, t, context), attached(x, t, context), rtol=1e-5, atol=1e-5)
+    assert (merged(x, t, context) - fresh()(x, t, context)).abs().max() > 1e-2
+
+
+def test_a_lightning_lora_is_merged_by_the_official_formula(tmp_path):
+    """Rank 64, alpha 8, fp32, a file an expert: W + alpha / rank up @ down, times the strength."""
+    cfg = dataclasses.replace(DIT14, dim=96)
+    base, state = random_values(WanDiT(cfg)), {}
+    layers = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith("blocks.")]
+    for name in layers:
+        out, inner = base.get_submodule(name).weight.shape
+        state |= {f"diffusion_model.{name}.lora_down.weight": torch.randn(64, inner) / 10,
+                  f"diffusion_model.{name}.lora_up.weight": torch.randn(out, 64) / 10,
+                  f"diffusion_model.{name}.alpha": torch.tensor(8.0)}  # fmt: skip
+    save_file(state, tmp_path / "low_noise_model.safetensors")
+    merged = copy.deepcopy(base)
+    assert merge_lora(merged, tmp_path / "low_noise_model.safetensors", 0.8) == (len(layers), []) and len(layers) == 20
+    for name in layers:
+        down, up = (state[f"diffusion_model.{name}.lora_{kind}.weight"] for kind in ("down", "up"))
+        expected = base.get_submodule(name).weight + 0.8 * 8 / 64 * up @ down
+        assert torch.allclose(merged.get_submodule(name).weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", [
+    "lora_unet__", "lora_unet_", "lora_unet.", "pipe.dit.", "dit.", "module.", "diffusion_model.", "mixed",
+])  # fmt: skip
+def test_loras_under_every_prefix_are_read(prefix, tuned, tmp_path):
+    fresh, dit, distance = tuned
+    state = {}
+    for key, value in spelled(lora_layers(dit), "Lightning").items():
+        name, kind = re.fullmatch(r"diffusion_model\.(.+?)(\.lora_\w+\.weight|\.alpha)", key).groups()
+        own = ("lora_unet_" if "blocks.0" in name else "dit.") if prefix == "mixed" else prefix
+        name = name.replace(".", "_") if own.endswith("_") else name
+        state[own + name + kind] = value.contiguous()
+    save_file(state, tmp_path / "lora.safetensors")
+    merging = fresh()
+    assert merge_lora(merging, tmp_path / "lora.safetensors") == (20, []) and distance(merging) < 1e-4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_lora_with_a_value_that_is_not_finite_is_refused_by_name(bad, tuned, tmp_path):
+    fresh, dit, _ = tuned
+    dit.blocks[1].ffn[2].lora_B.data[3, 1] = bad
+    save_lora(dit, tmp_path / "lora.safetensors")
+    for add in (merge_lora, attach_lora):
+        merging = fresh()
+        before = {k: v.clone() for k, v in merging.state_dict().items()}
+        with pytest.raises(UserError, match="diffusion_model.blocks.1.ffn.2.lora_B.weight holds NaN or inf"):
+            add(merging, tmp_path / "lora.safetensors")
+        assert all(torch.equal(v, before[k]) for k, v in merging.state_dict().items())
+
+
+def test_of_a_file_with_both_experts_each_takes_its_own(world, tmp_path):
+    """As Diffusers keeps A14B's LoRA: transformer. is the high-noise one, each with its alpha in the header."""
+    keys = ("lora_A.weight", "lora_B.weight")
+    sizes = ((2, 72), (72, 2))
+    state = {f"{part}.blocks.0.attn1.to_q.{key}": torch.full(size, value) for part, value in
+             (("transformer", 0.1), ("transformer_2", 0.3)) for key, size in zip(keys, sizes)}  # fmt: skip
+    alphas = {"transformer.lora_alpha": 4, "transformer.r": 2, "transformer_2.lora_alpha": 8, "transformer_2.r": 2}
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(state, file, {"lora_adapter_metadata": json.dumps(alphas)})
+    loras = parse_loras(str(file), CONFIGS["wan14b"])
+    assert [(lora.part, lora.strength) for lora in loras] == [("high", 1.0), ("low", 1.0)]
+    root = world[0] / "native-wan14b"
+    plain = load_model("wan14b", root, dtype=torch.float32)
+    for how in ("loras", "base_loras"):
+        wan = load_model("wan14b", root, dtype=torch.float32, **{how: loras})
+        for part, value, alpha in (("high", 0.1, 4), ("low", 0.3, 8)):
+            layer, base = (w.dit.expert(part).blocks[0].self_attn.q for w in (wan, plain))
+            x = torch.randn(3, 72)
+            change = 2 * value * value * alpha / 2 * x.sum(1, keepdim=True)  # of constant B A, rank 2, times alpha/rank
+            assert torch.allclose(layer(x) - base(x), change.expand(-1, 72), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="LoRA of A14B's two experts"):
+        merge_lora(WanDiT(DIT5), file)
+
+
+def test_loras_are_placed_by_name_with_strengths_and_any_path(tuned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = [f"{n}.safetensors" for n in ("epoch=3-step=100", "a,b", "odd:0.5", "high=1,low=2")]
+    for name in (*odd, "x_high_noise.safetensors", "x_low_noise.safetensors", "style.safetensors"):
+        save_lora(tuned[1], tmp_path / name)
+    save_lora(tuned[1], tmp_path / "own.safetensors", {"expert": "low"})
+    five, fourteen = CONFIGS["wan5b"], CONFIGS["wan14b"]
+
+    def parse(text, preset=fourteen):
+        return [tuple(lora) for lora in parse_loras(text, preset)]
+
+    high, low = ("high", "x_high_noise.safetensors", 1.0), ("low", "x_low_noise.safetensors", 1.0)
+    assert parse("") == [] and parse("x_high_noise.safetensors,x_low_noise.safetensors") == [high, low]
+    assert parse("low=x_high_noise.safetensors:0.8,own.safetensors:-1") == [
+        ("low", "x_high_noise.safetensors", 0.8), ("low", "own.safetensors", -1.0)]  # fmt: skip
+    for name in odd:
+        assert parse(f"{name},style.safetensors:.25", five) == [("dit", name, 1.0), ("dit", "style.safetensors", 0.25)]
+        assert parse(f"high={name}:2,low={name}") == [("high", name, 2.0), ("low", name, 1.0)]
+    assert isinstance(parse_loras("style.safetensors", five)[0], Lora)
+    for text, preset, words in (
+        ("style.safetensors", fourteen, r"style.safetensors: its name does not tell .*; give high=style.safetensors"),
+        ("high=style.safetensors", five, "only wan14b has experts"),
+        ("style.safetensors,none.safetensors:0.5", five, "--lora none.safetensors:0.5: no such file"),
+        ("mid=style.safetensors", fourteen, "--lora mid=style.safetensors: no such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse_loras(text, preset)
+
+
+@pytest.mark.parametrize("part", ["high", "low"])
+def test_diffusers_loads_what_we_save_of_each_expert(part, world, tmp_path):
+    pytest.importorskip("peft")
+    folder = "transformer" if part == "high" else "transformer_2"
+    wan = load_model("wan14b", world[0] / "diffusers-wan14b", dtype=torch.float32)
+    dit = wan.dit.expert(part)
+    for p in add_lora(dit, 4, alpha=2):
+        p.data += 0.1 * torch.randn_like(p)
+    save_lora(dit, tmp_path / "lora.safetensors", {"expert": part})
+    reference = diffusers.WanTransformer3DModel.from_pretrained(world[0] / "diffusers-wan14b" / folder)
+    state = diffusers.WanImageToVideoPipeline.lora_state_dict(str(tmp_path / "lora.safetensors"))
+    reference.load_lora_adapter(state, prefix="transformer")
+    x, t, context = torch.randn(1, 14, 2, 4, 4), torch.tensor([300.0]), torch.randn(1, 12, 40)
+    with torch.no_grad():
+        ours, expected = dit(x[:, :5], t, context, x[:, 5:]), reference(x, t, context, return_dict=False)[0]
+    assert (ours - expected).abs().max() < 1e-4  # fp32
 
 
 def test_unipc_and_euler_agree_in_the_limit(world):
