@@ -1,7 +1,7 @@
 """Does tuning keep the person, and what does it cost? Base and tuned models on held-out people, from the same noise.
 
     python eval.py                                    the tiny model, its held-out clips and out/lora.safetensors
-    python eval.py --lora a.safetensors,b.safetensors --seeds 3 --judge buffalo_l --out report
+    python eval.py --lora "a.safetensors; b.safetensors" --seeds 3 --judge buffalo_l --out report
     torchrun --nproc_per_node 8 eval.py --model wan5b --ckpt wan5b --data data --faces antelopev2
 
 FaceSim is the paper's (arXiv 2510.14255): the mean cosine of the face embeddings of a clip's frames to that of the
@@ -17,12 +17,12 @@ are compared clip by clip; seeds are repeats of a person. Writes results.json (e
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import typing
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -40,8 +40,28 @@ from model import ASSETS, CONFIGS
 from report import CONTROLS
 from report import table as table  # for train.py, which imports what it shows from here
 from reward import FaceReward
-from sample import noise_like, read_video, rollout, sigmas, to_bytes, to_frames, to_tensor, write_video
-from weights import Checkpoint, blank, expected, find_preset, load_model, load_weights, match, merge_lora
+from sample import (
+    noise_like,
+    read_video,
+    rollout,
+    sampling_assumptions,
+    sigmas,
+    to_bytes,
+    to_frames,
+    to_tensor,
+    write_video,
+)
+from weights import (
+    Checkpoint,
+    blank,
+    expected,
+    find_preset,
+    load_model,
+    load_weights,
+    match,
+    parse_loras,
+    read_lora,
+)
 
 SHOWN = 6  # clips of a comparing video
 
@@ -101,7 +121,7 @@ def yaw_and_mouth(landmarks):
 def temporal_flickering(video):
     """VBench's TF in 0..1 of a video [1, 3, F, H, W] in [-1, 1]: 1 - mean |8-bit frame - the one before| / 255."""
     frames = to_bytes(video)[0].unbind(1)  # a pair at a time: all of a 720p clip's differences would take gigabytes
-    steps = [(b.float() - a.float()).abs().mean() for a, b in pairwise(frames)]
+    steps = [(b.float() - a.float()).abs().mean() for a, b in itertools.pairwise(frames)]
     return 1 - float(torch.stack(steps).mean()) / 255 if steps else 1.0
 
 
@@ -315,30 +335,31 @@ def input_picture(out, clips, job):
     return np.asarray(Image.open(path))
 
 
-def holds_weights(path):
-    """Is it all of a transformer's weights, not a LoRA?"""
-    return any(name.endswith("patch_embedding.weight") for name in Checkpoint(path).shapes)
+class Tuned(typing.NamedTuple):
+    """A tuned model: LoRAs that stay beside the weights, or a file of all weights of the transformer that is tuned."""
+
+    loras: tuple = ()
+    weights: str = ""
 
 
-def tune(wan, path):
-    """Read the transformer anew and make it a tuned model's: a LoRA, or all weights of what training tunes."""
+def tune(wan, model):
+    """Read the transformer anew and make it a tuned model's."""
     wan.networks.pop("dit", None)
-    if path is not None and holds_weights(path):
-        load_weights(wan.tuned, path)
-    elif path is not None:
-        merge_lora(wan.tuned, path)
+    wan.loras = model.loras
+    if model.weights:
+        load_weights(wan.tuned, model.weights)
 
 
 @torch.no_grad()
 def write_clips(options, clips, jobs, tuned, device):
     """Write the clips of `jobs` that --out does not hold whole; the ranks share them.
 
-    tuned: {version: path of a LoRA or weights}. Returns {row: why one of its clips cannot be made}, the same on every
-    rank.
+    tuned: {version: `Tuned`}. Returns {row: why one of its clips cannot be made}, the same on every rank.
     """
     out, dtype = Path(options.out), torch.float32 if options.precision == "fp32" else None
     wan = load_model(options.model, options.ckpt, device, dtype, shift=options.shift,
-                     compute_dtype=compute_dtype(options.precision, device))  # fmt: skip
+                     compute_dtype=compute_dtype(options.precision, device),
+                     base_loras=parse_loras(options.base_lora, CONFIGS[options.model], "--base_lora"))  # fmt: skip
     rank, ranks = rank_and_ranks()
     own = [job for job in jobs[rank::ranks] if not is_whole(out / "clips" / job.file, job.shape)]
     loaded, wrong = None, {}
@@ -352,7 +373,7 @@ def write_clips(options, clips, jobs, tuned, device):
                 frames = np.repeat(input_picture(out, clips, job)[None], job.shape[0], 0)
             else:
                 if loaded != job.version:
-                    tune(wan, tuned.get(job.version))
+                    tune(wan, tuned.get(job.version, Tuned()))
                     loaded = job.version
                 (read,), (video,) = sample_clips(wan, clips, [job.row], job.seed, options.sampling_steps)
                 if read != job.row:  # the next clip stood in for it
@@ -443,8 +464,9 @@ def score_faces(options, title, reward, landmarks, frames, picture, fps):
 class EvalOptions:
     model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    lora: str = option("out/lora.safetensors", "tuned models, comma-separated, each as FILE or name=FILE: a LoRA, or "
-                                               "all weights (dit.safetensors)")  # fmt: skip
+    base_lora: str = option("", "a distilled base's LoRA, merged: [high=|low=]FILE[:STRENGTH], comma-separated")
+    lora: str = option("out/lora.safetensors", "the tuned model: its LoRA (or LoRAs, as --base_lora), or all its "
+                       "weights (dit.safetensors); several models: 'FILE; NAME=FILE'")  # fmt: skip
     data: str = option(str(ASSETS / "data"), "folder that data.py made, of clips or of pairs")
     out: str = option("eval", "folder for the clips and the results; one begun with the same options is continued")
     faces: str = option(str(ASSETS), "folder with a face detector and encoder")
@@ -471,29 +493,34 @@ class EvalOptions:
     tally: str = option("", "count the votes of --out's study instead: their files, comma-separated, or a folder")
 
 
-FIXED = ("model", "ckpt", "data", "faces", "judge", "sampling_steps", "shift", "precision")  # while --out is continued
+# what --out was begun with, it goes on with
+FIXED = ("model", "ckpt", "base_lora", "data", "faces", "judge", "sampling_steps", "shift", "precision")
 
 
 def tuned_models(options):
-    """--lora's 'FILE,name=FILE' as {name: path}. A file is called by its own name, or its folder's if that is `lora` or
-    `dit`; one alone is called `tuned`. UserError where one cannot be the preset's, or two have one name."""
-    preset, text = find_preset(options.model, options.ckpt, options.shift), options.lora
-    part = "dit" if preset.boundary is None else "low"
-    items, models = [text] if Path(text).is_file() else text.split(","), {}
-    for item in items:
-        name, _, path = ("", "", item) if Path(item).is_file() else item.rpartition("=")
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"--lora {path}: no such file; train one with: python train.py")
+    """--lora's models as {name: `Tuned`}. UserError where one is not the preset's, or two have one name."""
+    preset, models = find_preset(options.model, options.ckpt, options.shift), {}
+    texts = [text.strip() for text in options.lora.split(";") if text.strip()]
+    if not texts or (options.lora == EvalOptions.lora and not Path(options.lora).exists()):
+        raise UserError(f"--lora {options.lora}: no such file; train one with: python train.py")
+    for text in texts:
+        named = None if Path(text).exists() else re.match(r"(?!high=|low=)([\w .-]+)=", text)
+        text = text[named.end() :] if named else text
+        whole = Path(text).is_file() and "head.head.weight" in Checkpoint(text).shapes
+        model = Tuned(weights=text) if whole else Tuned(tuple(parse_loras(text, preset)))
+        path = Path(text if whole else model.loras[0].path)
         own = path.absolute().parent.name if path.stem in ("lora", "dit") else path.stem
-        name = name or ("tuned" if len(items) == 1 else own)
-        if name in {"base", *CONTROLS, *models} or "/" in name:
-            raise UserError(f"--lora {item}: {name!r} cannot be its name, or is another's; give it one: name={path}")
-        if holds_weights(path):
-            match(blank(preset, part), Checkpoint(path), expected(preset, part))
-        else:
-            merge_lora(blank(preset, part), path)
-        models[name] = path
+        name = named[1] if named else "tuned" if len(texts) == 1 else own
+        if name in {"base", *CONTROLS, *models}:
+            raise UserError(f"--lora {text}: {name!r} cannot be its name, or is another's; give it one: name={text}")
+        models[name] = model
+    part = "dit" if preset.boundary is None else "low"
+    for model in models.values():
+        if model.weights:
+            match(blank(preset, part), Checkpoint(model.weights), expected(preset, part))
+    base = parse_loras(options.base_lora, preset, "--base_lora")
+    for lora in itertools.chain(base, *(model.loras for model in models.values())):
+        read_lora(blank(preset, lora.part), lora.path, lora.strength, lora.part)
     return models
 
 
@@ -518,9 +545,12 @@ def check(options):
 def begin(options, tuned):
     """Make --out, or go on with it: UserError where its clips are of other options or of another file of that name."""
     out, digests = Path(options.out), {}
-    for name, path in tuned.items():
-        with open(path, "rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, model in tuned.items():
+        files = [model.weights] if model.weights else [lora.path for lora in model.loras]
+        digests[name] = [str(lora.strength) for lora in model.loras]
+        for path in files:
+            with open(path, "rb") as file:
+                digests[name].append(hashlib.file_digest(file, "sha256").hexdigest())
     about = {name: getattr(options, name) for name in FIXED}
     if (out / "options.json").is_file():
         saved = json.loads((out / "options.json").read_text())
@@ -530,8 +560,8 @@ def begin(options, tuned):
             raise UserError(f"--out {out}: was begun with another {before}; name another folder")
         other = [name for name, digest in digests.items() if saved["tuned"].get(name, digest) != digest]
         if other:
-            raise UserError(f"--out {out}: its clips of {other[0]!r} are another file's than {tuned[other[0]]}; name "
-                            "another folder, or this model: --lora name=FILE")  # fmt: skip
+            raise UserError(f"--out {out}: its clips of {other[0]!r} are of another file; name another folder, or call "
+                            "this model something else: --lora name=FILE")  # fmt: skip
         digests = saved["tuned"] | digests
     out.mkdir(parents=True, exist_ok=True)
     (out / "options.part").write_text(json.dumps(about | dict(tuned=digests), indent=1))
@@ -586,6 +616,10 @@ def main():
     clips = Clips(options.data, "heldout", device, options.model)
     scorers = read_scorers(options, device)
     if rank == 0:
+        preset = find_preset(options.model, options.ckpt, options.shift)
+        if preset.folder is None:
+            steps = options.sampling_steps
+            print(sampling_assumptions(options.model, "euler", steps, preset.shift, 1, options.base_lora), flush=True)
         begin(options, tuned)
     gathered([])  # until --out is there
     rows, problems = evaluate(options, tuned, clips, device, scorers)

@@ -48,7 +48,7 @@ def aesthetic_quality(features, head):
 
 
 def imaging_quality(frames, musiq):
-    """IQ: a hundredth of the mean of musiq's scores, 0..100, of the frames [n, 3, h, w] in 0..1, long side at most 512."""
+    """IQ: a hundredth of the mean of musiq's scores, 0..100, of frames [1, 3, h, w] in 0..1, long side at most 512."""
     return sum(float(musiq(shrunk(frame[None], 512, "bilinear", longest=True))) for frame in frames) / len(frames) / 100
 
 

@@ -25,6 +25,7 @@ import report
 from cli import UserError
 from eval import (
     EvalOptions,
+    Tuned,
     begin,
     clip_metrics,
     face_metrics,
@@ -40,7 +41,7 @@ from model import ASSETS, add_lora
 from reward import CLIPVision, FaceReward
 from sample import fit, read_video, to_tensor, write_video
 from tests.test_cli import REPO, run
-from weights import load_model, save_lora
+from weights import Lora, load_model, save_lora
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics of one clip
@@ -469,7 +470,7 @@ def results_of(out):
 def whole(tiny, tmp_path_factory):
     """The folder of an unbroken run: base, a LoRA, and the base's own weights as a tuned model."""
     out = tmp_path_factory.mktemp("whole") / "eval"
-    lora = f"lora={tiny / 'lora.safetensors'},same={ASSETS / 'dit.safetensors'}"
+    lora = f"lora={tiny / 'lora.safetensors'}; same={ASSETS / 'dit.safetensors'}"
     done = run("eval.py", *options_of(tiny, out, lora=lora, seeds=2, study=4, judge=ASSETS), "--opens2v", cwd=tiny)
     assert done.returncode == 0, done.stderr
     (out / "stdout.txt").write_text(done.stdout)
@@ -531,7 +532,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_results(tiny, tmp_p
     (victim, *_) = (cut / "clips/base").glob("*.mp4")
     victim.write_bytes(victim.read_bytes()[:500])  # a disk that lost the end of one
     ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(REPO / "eval.py")]
-    both = subprocess.run([*ranks, *arguments], cwd=tmp_path, capture_output=True, text=True)  # on other ranks than before
+    both = subprocess.run([*ranks, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert both.returncode == 0, both.stderr
     assert (cut / "scores-1.jsonl").is_file()
     for name in ("results.json", "report.html"):
@@ -540,32 +541,37 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_results(tiny, tmp_p
 
 def test_a_folder_goes_on_with_the_options_and_files_that_it_was_begun_with(tiny, tmp_path):
     options, lora = EvalOptions(out=str(tmp_path / "eval")), shutil.copy(tiny / "lora.safetensors", tmp_path)
-    begin(options, dict(tuned=lora))
-    begin(options, dict(tuned=lora, same=tiny / "lora.safetensors"))  # a further model is welcome
+    begin(options, dict(tuned=Tuned([Lora("dit", lora)])))
+    begin(options, dict(tuned=Tuned([Lora("dit", lora)]), same=Tuned(weights=lora)))  # a further model is welcome
     with pytest.raises(UserError, match="another --sampling_steps"):
-        begin(EvalOptions(out=options.out, sampling_steps=3), dict(tuned=lora))
+        begin(EvalOptions(out=options.out, sampling_steps=3), dict(tuned=Tuned([Lora("dit", lora)])))
     with open(lora, "r+b") as file:  # trained again
         file.seek(-4, os.SEEK_END)
         file.write(bytes(4))
-    with pytest.raises(UserError, match="clips of 'tuned' are another file's"):
-        begin(options, dict(tuned=lora))
-    begin(options, dict(again=lora))
+    with pytest.raises(UserError, match="clips of 'tuned' are of another file"):
+        begin(options, dict(tuned=Tuned([Lora("dit", lora)])))
+    begin(options, dict(again=Tuned([Lora("dit", lora)])))
 
 
 def test_tuned_models_have_names_and_are_checked_before_anything_is_sampled(tiny, tmp_path):
     lora, weights = tiny / "lora.safetensors", ASSETS / "dit.safetensors"
     names = lambda text: list(tuned_models(EvalOptions(lora=text)))
-    assert names(str(lora)) == ["tuned"] and names(f"ours={lora}") == ["ours"]
-    assert names(f"{lora},{weights},x={lora}") == [tiny.name, "assets", "x"]
+    assert names(str(lora)) == ["tuned"] and names(f"ours={lora}:0.5") == ["ours"]
+    assert names(f"{lora}; {weights}; x={lora}") == [tiny.name, "assets", "x"]
+    (model,) = tuned_models(EvalOptions(lora=f"both={lora},{lora}:0.5")).values()
+    assert [one.strength for one in model.loras] == [1, 0.5]
     (tmp_path / "run=1,2").mkdir()  # a path with the separators in it
     assert names(str(shutil.copy(lora, tmp_path / "run=1,2/step.safetensors"))) == ["tuned"]
     torn, other = tmp_path / "torn.safetensors", tmp_path / "other.safetensors"
     torn.write_bytes(lora.read_bytes()[:-100])
-    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 8),
-               "blocks.0.self_attn.q.lora_B.weight": torch.zeros(8, 2)}, other)  # fmt: skip
-    for text, told in ((str(torn), "torn.safetensors"), (str(other), "LoRA of another model"),
-                       (f"base={lora}", "'base' cannot be its name"), (f"{lora},{lora}", "give it one"),
-                       (str(ASSETS / "vae.safetensors"), "vae.safetensors"), (str(tmp_path), "no such file")):  # fmt: skip
+    pair = {f"blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(shape)
+            for side, shape in (("A", (2, 8)), ("B", (8, 2)))}  # fmt: skip
+    save_file(pair, other)
+    refused = {
+        str(torn): "torn.safetensors", str(other): "LoRA of another model", f"base={lora}": "'base' cannot be its name",
+        f"{lora}; {lora}": "give it one", str(ASSETS / "vae.safetensors"): "vae.safetensors", "none.pt": "no such file",
+    }  # fmt: skip
+    for text, told in refused.items():
         with pytest.raises(UserError, match=told):
             tuned_models(EvalOptions(lora=text))
 
