@@ -151,8 +151,11 @@ def face_metrics(video, picture, reward, people="largest", opens2v=False, landma
     """All that is measured of the faces of a video [1, 3, F, H, W], whose input picture is [1, 3, 1, H, W].
 
     people: "largest" follows the largest face of each frame; "all" each person of the picture, and a metric is the mean
-    over them. landmarks: `external_metrics.read_landmarks`, for the openings of eyes and mouth. A dict; None where
-    there is nothing to measure.
+    over them. landmarks: `external_metrics.read_landmarks`, for the openings of eyes and mouth. Returns a dict of
+    facesim_from_1, facesim (frame 0 too), facesim_zero (from 1 on, a faceless frame counts as 0), faceless (share of
+    the frames from 1 on), over_time (cosine by frame), persons (each one's FaceSim), face_size (longer side in the
+    picture, px), motion, yaw_range (10th to 90th percentile, degrees), mouth_width and openings (standard deviation
+    over time). None where there is nothing to measure.
     """
     _, found, _ = reward.embed(picture[:, :, 0], most=1 if people == "largest" else None)
     image = found["embeddings"]  # [P, D], largest first
@@ -433,11 +436,11 @@ def score_clips(out, clips, jobs, scorers):
 def read_scorers(options, device):
     """The scorers of `score_clips` that the options ask for; UserError where a network is missing or cannot be read."""
     landmarks = external_metrics.read_landmarks(options.faces)
-    scorers, kind = {}, f"{options.people}{', tiled' * options.tiled}{', OpenS2V' * options.opens2v}"
+    scorers, how = {}, f"{options.people}{', tiled' * options.tiled}{', OpenS2V' * options.opens2v}"
     for title, folder in (("faces", options.faces), ("judge", options.judge)):
         if folder:
             reward = FaceReward.from_folder(folder, device, tiled=options.tiled)
-            scorers[f"{title} ({kind})"] = functools.partial(score_faces, options, title, reward, landmarks)
+            scorers[f"{title} by {folder}, {how}"] = functools.partial(score_faces, options, title, reward, landmarks)
     for column, score in external_metrics.read_networks(options.vbench_weights, device).items():
         scorers[column] = lambda frames, picture, fps, column=column, score=score: {
             column.lower(): score(torch.from_numpy(frames).to(device), fps)
@@ -493,8 +496,7 @@ class EvalOptions:
     tally: str = option("", "count the votes of --out's study instead: their files, comma-separated, or a folder")
 
 
-# what --out was begun with, it goes on with
-FIXED = ("model", "ckpt", "base_lora", "data", "faces", "judge", "sampling_steps", "shift", "precision")
+FIXED = ("model", "ckpt", "base_lora", "data", "sampling_steps", "shift", "precision")  # what --out goes on with
 
 
 def tuned_models(options):
@@ -508,8 +510,8 @@ def tuned_models(options):
         text = text[named.end() :] if named else text
         whole = Path(text).is_file() and "head.head.weight" in Checkpoint(text).shapes
         model = Tuned(weights=text) if whole else Tuned(tuple(parse_loras(text, preset)))
-        path = Path(text if whole else model.loras[0].path)
-        own = path.absolute().parent.name if path.stem in ("lora", "dit") else path.stem
+        path = Path(os.path.abspath(text if whole else model.loras[0].path))
+        own = path.parent.name if path.stem in ("lora", "dit") else path.stem
         name = named[1] if named else "tuned" if len(texts) == 1 else own
         if name in {"base", *CONTROLS, *models}:
             raise UserError(f"--lora {text}: {name!r} cannot be its name, or is another's; give it one: name={text}")
@@ -542,29 +544,30 @@ def check(options):
         raise UserError(f"--person {options.person}: not a regular expression ({error})") from None
 
 
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def begin(options, tuned):
-    """Make --out, or go on with it: UserError where its clips are of other options or of another file of that name."""
-    out, digests = Path(options.out), {}
-    for name, model in tuned.items():
-        files = [model.weights] if model.weights else [lora.path for lora in model.loras]
-        digests[name] = [str(lora.strength) for lora in model.loras]
-        for path in files:
-            with open(path, "rb") as file:
-                digests[name].append(hashlib.file_digest(file, "sha256").hexdigest())
-    about = {name: getattr(options, name) for name in FIXED}
+    """Make --out, or go on with it: UserError where its clips are of other options, another set or other files."""
+    out = Path(options.out)
+    about = {name: getattr(options, name) for name in FIXED} | dict(set=digest(Path(options.data) / "index.jsonl"))
+    files = {name: [[digest(model.weights)]] if model.weights else [[digest(x.path), x.strength] for x in model.loras]
+             for name, model in tuned.items()}  # fmt: skip
     if (out / "options.json").is_file():
         saved = json.loads((out / "options.json").read_text())
         changed = [name for name, value in about.items() if saved[name] != value]
         if changed:
-            before = f"--{changed[0]} ({saved[changed[0]]})"
+            before = "set of clips" if changed == ["set"] else f"--{changed[0]} ({saved[changed[0]]})"
             raise UserError(f"--out {out}: was begun with another {before}; name another folder")
-        other = [name for name, digest in digests.items() if saved["tuned"].get(name, digest) != digest]
+        other = [name for name in files if saved["tuned"].get(name, files[name]) != files[name]]
         if other:
             raise UserError(f"--out {out}: its clips of {other[0]!r} are of another file; name another folder, or call "
-                            "this model something else: --lora name=FILE")  # fmt: skip
-        digests = saved["tuned"] | digests
+                            "this model something else: --lora NAME=FILE")  # fmt: skip
+        files = saved["tuned"] | files
     out.mkdir(parents=True, exist_ok=True)
-    (out / "options.part").write_text(json.dumps(about | dict(tuned=digests), indent=1))
+    (out / "options.part").write_text(json.dumps(about | dict(tuned=files), indent=1))
     (out / "options.part").replace(out / "options.json")
 
 
@@ -605,11 +608,30 @@ def evaluate(options, tuned, clips, device, scorers):
     return results, [dict(clip=clips.rows[row]["clip"], reason=reason) for row, reason in sorted(wrong.items())]
 
 
+def write_results(options, tuned, rows, problems):
+    """Write results.json and the pages, and print the tables."""
+    out = Path(options.out)
+    people, seen = len({row["person"] for row in rows}), len({row["clip"] for row in rows})
+    about = (f"{options.model}: {seen} held-out clips of {people} people, {options.seeds} seed(s) each, "
+             f"{options.sampling_steps} Euler steps")  # fmt: skip
+    missing = external_metrics.missing(options.vbench_weights)
+    missing = {column: command for column, command in missing.items() if column.lower() not in rows[0]}
+    versions, differences = report.summarise(rows, tuned)
+    results = dict(about=about, people=people, versions=versions, differences=differences, problems=problems,
+                   missing=missing, clips=rows)  # fmt: skip
+    (out / "results.part").write_text(json.dumps(results, indent=1))
+    (out / "results.part").replace(out / "results.json")
+    report.write_report(results, out)
+    if options.study:
+        report.write_study(results, out, options.study)
+    print(f"{about}\n\n{report.terminal_tables(results)}")
+    print(f"\n{out}/results.json, report.html" + ", study.html" * (options.study > 0))
+
+
 def main():
     options = parse_options(EvalOptions, doc=__doc__)
-    out = Path(options.out)
     if options.tally:
-        return report.tally(options.tally, out)
+        return report.tally(options.tally, Path(options.out))
     check(options)
     tuned = tuned_models(options)
     rank, _, device = start_ranks()
@@ -622,27 +644,16 @@ def main():
             print(sampling_assumptions(options.model, "euler", steps, preset.shift, 1, options.base_lora), flush=True)
         begin(options, tuned)
     gathered([])  # until --out is there
-    rows, problems = evaluate(options, tuned, clips, device, scorers)
-    if rank == 0:
-        for problem in problems:
-            print(f"left out: {problem['clip']}: {problem['reason']}")
-        if not rows:
-            raise UserError("no clip is left to compare")
-        people, seen = len({row["person"] for row in rows}), len({row["clip"] for row in rows})
-        about = (f"{options.model}: {seen} held-out clips of {people} people, {options.seeds} seed(s) each, "
-                 f"{options.sampling_steps} Euler steps")  # fmt: skip
-        missing = external_metrics.missing(options.vbench_weights)
-        missing = {column: command for column, command in missing.items() if column.lower() not in rows[0]}
-        versions, differences = report.summarise(rows, tuned)
-        results = dict(about=about, people=people, versions=versions, differences=differences, problems=problems,
-                       missing=missing, clips=rows)  # fmt: skip
-        (out / "results.part").write_text(json.dumps(results, indent=1))
-        (out / "results.part").replace(out / "results.json")
-        report.write_report(results, out)
-        if options.study:
-            report.write_study(results, out, options.study)
-        print(f"{about}\n\n{report.terminal_tables(results)}")
-        print(f"\n{out}/results.json, report.html" + ", study.html" * (options.study > 0))
+    try:
+        rows, problems = evaluate(options, tuned, clips, device, scorers)
+        if rank == 0:
+            for problem in problems:
+                print(f"left out: {problem['clip']}: {problem['reason']}")
+            if not rows:
+                raise UserError("no clip is left to compare")
+            write_results(options, tuned, rows, problems)
+    except (OSError, av.FFmpegError) as error:
+        raise UserError(f"--out {options.out}: {error}; make room and start it again: it goes on from here") from None
     leave_ranks()
 
 

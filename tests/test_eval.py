@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -527,6 +528,11 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_results(tiny, tmp_p
             time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes a file: results.json needs more
+    full = subprocess.run([sys.executable, str(REPO / "eval.py"), *arguments], cwd=tmp_path, capture_output=True,
+                          text=True, preexec_fn=limit)  # fmt: skip
+    assert full.returncode == 2 and "make room and start it again" in full.stderr, full.stderr
+    assert not (cut / "results.json").exists()
     with open(cut / "scores-0.jsonl", "a") as log:
         log.write('["base/torn')  # a line that was being written
     (victim, *_) = (cut / "clips/base").glob("*.mp4")
