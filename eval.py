@@ -41,6 +41,7 @@ from report import CONTROLS
 from report import table as table  # for train.py, which imports what it shows from here
 from reward import FaceReward
 from sample import (
+    fresh_noise,
     noise_like,
     read_video,
     rollout,
@@ -214,28 +215,32 @@ def mean_metrics(results):
 
 
 @torch.no_grad()
-def sample_clips(wan, clips, rows, seed, steps):
-    """Sample held-out clips `rows` together by Euler steps, with noise that depends on clip and seed only.
+def sample_clips(wan, clips, rows, seed, steps, solver="euler"):
+    """Sample held-out clips `rows` together, with noise that depends on clip and seed only.
 
-    Returns the numbers of the clips read (`Clips.batch`'s) and a video [1, 3, F, H, W] in [-1, 1] for each.
+    solver: "euler" or "renoise", as in training. Returns the numbers of the clips read (`Clips.batch`'s) and a video
+    [1, 3, F, H, W] in [-1, 1] for each.
     """
     batch = clips.batch(rows)
     shape = clips.latent_shape(wan.preset, batch["row"][0])
     noise = torch.stack([noise_like(shape, seed, row) for row in rows]).to(batch["context"].device)
+    fresh, first, y, schedule = None, batch.get("first"), batch.get("y"), sigmas(steps, wan.preset.shift)
+    if solver == "renoise":
+        fresh = fresh_noise(noise.shape, steps, *((seed, row) for row in rows), device=noise.device)
     wan.at_work("dit")
-    schedule = sigmas(steps, wan.preset.shift)
-    (latent,) = rollout(wan.dit, noise, batch.get("first"), batch["context"], schedule, y=batch.get("y"))
+    (latent,) = rollout(wan.dit, noise, first, batch["context"], schedule, y=y, fresh=fresh)
     wan.at_work("vae")
     return batch["row"], wan.vae.decode(latent).split(1)
 
 
 @torch.no_grad()
-def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once=1, show=SHOWN):
+def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once=1, show=SHOWN, solver="euler"):
     """`clip_metrics` of held-out clips as they are sampled; the ranks share the work.
 
-    rows: the clips' numbers; steps: Euler steps; judge: a second FaceReward, whose FaceSim is reported as `judge`;
-    at_once: clips sampled together. Returns the metrics of each row, the same on every rank, and the uint8 frames
-    [F, H, W, 3] of `show` rows spread over them, by row, on rank 0 (no other clip's frames outlive their metrics).
+    rows: the clips' numbers; steps, solver: `sample_clips`'s; judge: a second FaceReward, whose FaceSim is reported as
+    `judge`; at_once: clips sampled together. Returns the metrics of each row, the same on every rank, and the uint8
+    frames [F, H, W, 3] of `show` rows spread over them, by row, on rank 0 (no other clip's frames outlive their
+    metrics).
     """
     rank, ranks = rank_and_ranks()
     metrics, frames, shown = {}, {}, shown_rows(rows, show)
@@ -243,7 +248,7 @@ def sample_held_out(wan, reward, clips, rows, steps, seed=0, judge=None, at_once
     bar = tqdm(total=len(own), desc="held-out clips", leave=False, disable=rank > 0)
     for start in range(0, len(own), at_once):
         some = own[start : start + at_once]
-        for row, read, video in zip(some, *sample_clips(wan, clips, some, seed, steps)):
+        for row, read, video in zip(some, *sample_clips(wan, clips, some, seed, steps, solver)):
             image = to_tensor(clips.video(read)[:1]).to(video.device)
             metrics[row] = clip_metrics(video, *map(reward.detect_and_embed, (video, image)))
             if judge is not None:
@@ -378,7 +383,8 @@ def write_clips(options, clips, jobs, tuned, device):
                 if loaded != job.version:
                     tune(wan, tuned.get(job.version, Tuned()))
                     loaded = job.version
-                (read,), (video,) = sample_clips(wan, clips, [job.row], job.seed, options.sampling_steps)
+                (read,), (video,) = sample_clips(wan, clips, [job.row], job.seed, options.sampling_steps,
+                                                 options.solver)
                 if read != job.row:  # the next clip stood in for it
                     raise UserError(f"{clips.rows[job.row]['cache']}: not readable")
                 frames = to_frames(video)
@@ -481,8 +487,9 @@ class EvalOptions:
                              "shows somebody else, and in the tiny set the name without its last number")  # fmt: skip
     clips: int = option(60, "held-out clips to sample", least=1)
     seeds: int = option(1, "samples of each clip, with different noise", least=1, most=1000)
-    sampling_steps: int = option(8, "Euler steps of a sample", least=1, most=1000)
+    sampling_steps: int = option(8, "steps of a sample", least=1, most=1000)
     shift: float = option(0.0, "of the noise schedule, as in training; 0 = the preset's", least=0)
+    solver: str = option("euler", "as in training", choices=("euler", "renoise"))
     precision: str = option("", "of the networks; default: bf16 where the device computes it natively",
                             choices=("", "bf16", "fp32"))  # fmt: skip
     opens2v: bool = option(False, "FaceSim as OpenS2V-Eval defines it, too")
@@ -496,7 +503,8 @@ class EvalOptions:
     tally: str = option("", "count the votes of --out's study instead: their files, comma-separated, or a folder")
 
 
-FIXED = ("model", "ckpt", "base_lora", "data", "sampling_steps", "shift", "precision")  # what --out goes on with
+# what --out was begun with, it goes on with
+FIXED = ("model", "ckpt", "base_lora", "data", "sampling_steps", "shift", "solver", "precision")
 
 
 def tuned_models(options):
@@ -613,7 +621,7 @@ def write_results(options, tuned, rows, problems):
     out = Path(options.out)
     people, seen = len({row["person"] for row in rows}), len({row["clip"] for row in rows})
     about = (f"{options.model}: {seen} held-out clips of {people} people, {options.seeds} seed(s) each, "
-             f"{options.sampling_steps} Euler steps")  # fmt: skip
+             f"{options.sampling_steps} steps by {options.solver}")  # fmt: skip
     missing = external_metrics.missing(options.vbench_weights)
     missing = {column: command for column, command in missing.items() if column.lower() not in rows[0]}
     versions, differences = report.summarise(rows, tuned)
@@ -640,8 +648,8 @@ def main():
     if rank == 0:
         preset = find_preset(options.model, options.ckpt, options.shift)
         if preset.folder is None:
-            steps = options.sampling_steps
-            print(sampling_assumptions(options.model, "euler", steps, preset.shift, 1, options.base_lora), flush=True)
+            solver, steps = options.solver, options.sampling_steps
+            print(sampling_assumptions(options.model, solver, steps, preset.shift, 1, options.base_lora), flush=True)
         begin(options, tuned)
     gathered([])  # until --out is there
     try:

@@ -19,6 +19,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -53,13 +54,26 @@ def velocity(dit, x, sigma, context, y=None):
     return dit(x, t, context)
 
 
+def advance(x, v, sigma, sigma_next, noise=None):
+    """The latent x at noise level sigma, with its velocity v, at the next level.
+
+    Without noise, along the velocity (Euler):  x + (sigma' - sigma) v.  With noise, as models that were distilled to
+    predict the data are sampled: the data x_0 = x - sigma v, noised again,  (1 - sigma') x_0 + sigma' noise.  To
+    sigma' = 0 the two are one: x_0.
+    """
+    if noise is None:
+        return x + float(sigma_next - sigma) * v
+    return float(1 - sigma_next) * (x - float(sigma) * v) + float(sigma_next) * noise
+
+
 @torch.no_grad()
-def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
-    """Sample from noise by Euler steps, without gradient: x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v(x_i, 1000 sigma_i).
+def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter, fresh=None):
+    """Sample from noise in N steps, without gradient: x_{i+1} = `advance`(x_i, v(x_i, 1000 sigma_i)).
 
     noise [B, C, F', h, w]; first [B, C, 1, h, w], or None with y [B, C_y, F', h, w]; context [B or 1, L, text_dim];
-    sigma [N+1]. Returns the latents x_{N-K} .. x_N, a list of K + 1, with K = `window`. Raises ValueError where the
-    window is longer than the schedule.
+    sigma [N+1]; fresh: each step's own noise, N of the noise's shape (`fresh_noise`), None: Euler steps. Returns the
+    latents x_{N-K} .. x_N, a list of K + 1, with K = `window`. Raises ValueError where the window is longer than the
+    schedule.
     """
     steps = len(sigma) - 1
     if not 0 <= window <= steps:
@@ -67,31 +81,32 @@ def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter):
     x = pin(noise, first)
     latents = [x] if window == steps else []
     for i in progress(range(steps)):
-        x = x + float(sigma[i + 1] - sigma[i]) * velocity(dit, x, sigma[i], context, y)
-        x = pin(x, first)
+        v = velocity(dit, x, sigma[i], context, y)
+        x = pin(advance(x, v, sigma[i], sigma[i + 1], fresh and fresh[i]), first)
         if i + 1 >= steps - window:
             latents.append(x)
     return latents
 
 
-def window_backward(dit, latents, sigma, context, grad, y=None):
+def window_backward(dit, latents, sigma, context, grad, y=None, fresh=None):
     """Send the gradient at x_N, grad [B, C, F', h, w], back through the last K steps; one step's graph is alive.
 
-    latents: `rollout`'s x_{N-K} .. x_N; sigma, context and y as there. A generator: for i = N-1 .. N-K it yields
+    latents: `rollout`'s x_{N-K} .. x_N; sigma, context, y and fresh as there. A generator: for i = N-1 .. N-K it yields
     (i, x_i, v_i, loss_i) with
 
-        loss_i = <g_{i+1}, x_i + (sigma_{i+1} - sigma_i) v_i>,    g_N = grad,    g_i = d loss_i / dx_i.
+        loss_i = <g_{i+1}, x_{i+1}(x_i, v_i)>,    g_N = grad,    g_i = d loss_i / dx_i,
 
-    The caller adds to loss_i what step i is charged for besides (the velocity KL) and calls backward() on it: that
-    accumulates the step's part in the parameters and leaves g_i in x_i.grad. A given frame passes nothing back, since
-    the next latent does not depend on it.
+    where x_{i+1} is `advance`'s: by Euler x_i + (sigma_{i+1} - sigma_i) v_i. The caller adds to loss_i what step i is
+    charged for besides (the velocity KL) and calls backward() on it: that accumulates the step's part in the
+    parameters and leaves g_i in x_i.grad. A given frame passes nothing back, since the next latent does not depend on
+    it; neither does fresh noise, which is constant.
     """
     last = len(sigma) - 1
     for i in range(last - 1, last - len(latents), -1):
         grad = pin(grad, None if y is not None else torch.zeros_like(grad[:, :, :1]))
         x = latents[i - last - 1].detach().requires_grad_()
         v = velocity(dit, x, sigma[i], context, y)
-        yield i, x, v, (grad * (x + float(sigma[i + 1] - sigma[i]) * v)).sum()
+        yield i, x, v, (grad * advance(x, v, sigma[i], sigma[i + 1], fresh and fresh[i])).sum()
         grad = x.grad
 
 
@@ -104,6 +119,17 @@ def noise_like(shape, *seed):
     entropy = np.random.SeedSequence((len(seed), *seed))  # their number first, since numpy takes (1, 0) for (1)
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
     return torch.randn(shape, generator=generator)
+
+
+def fresh_noise(shape, steps, *seeds, device="cpu"):
+    """The noise that a renoise sampler's steps add, a list of N; None for the last step, which ends at the data.
+
+    shape [B, C, F', h, w]; seeds: of each of the B samples a tuple of integers (or one integer), which with the step is
+    all that its noise depends on, as the first noise does (`noise_like` of the same).
+    """
+    seeds = [seed if isinstance(seed, tuple) else (seed,) for seed in seeds]
+    draws = [torch.stack([noise_like(shape[1:], *seed, i) for seed in seeds]).to(device) for i in range(1, steps)]
+    return [*draws, None]
 
 
 def guided(dit, null, scale):
@@ -241,7 +267,10 @@ def read_picture(path):
     """A picture as a PIL image in RGB. UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255: all white
+                image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"--image {path}: no such file") from None
     except (UnidentifiedImageError, OSError) as error:
@@ -266,14 +295,22 @@ def read_video(path, most=None):
 
 
 def write_video(path, frames, fps, crf=12):
-    """Write uint8 [F, H, W, 3] (H and W even) as H.264 mp4 of quality crf (0 best, 51 worst), whole or not at all."""
+    """Write uint8 [F, H, W, 3] (H and W even) as H.264 mp4, whole or not at all, in BT.709 and limited range.
+
+    crf: the quality, 0 best, 51 worst. The header says which colours they are: a player that guesses takes BT.709 too,
+    and one that guessed BT.601 would shift them.
+    """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=round(fps), options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        about = stream.codec_context
+        about.colorspace, about.color_range = Colorspace.ITU709, ColorRange.MPEG
+        about.color_primaries, about.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(image.reformat(format="yuv420p", dst_colorspace="itu709")))
         container.mux(stream.encode())
     part.replace(path)
 
@@ -315,7 +352,8 @@ class SampleOptions:
     lora: str = option("", "LoRAs beside the weights: [high=|low=]FILE[:STRENGTH], comma-separated")
     steps: int | None = option(None, "sampling steps; default: the preset's", least=1, most=1000)
     shift: float = option(0.0, "of the noise schedule; 0 = the preset's", least=0)
-    solver: str = option("", "euler as in training; default: unipc, and euler for tiny", choices=("", "euler", "unipc"))
+    solver: str = option("", "euler or renoise as in training; default: unipc, and euler for tiny",
+                         choices=("", "euler", "unipc", "renoise"))  # fmt: skip
     cfg: float | None = option(None, "classifier-free guidance, 1 = off (distilled weights); default: the preset's",
                                least=0)  # fmt: skip
     negative: str | None = option(None, "negative prompt, where cfg is on; default: the reference's, none for tiny")
@@ -365,7 +403,10 @@ def main():
     if solver == "unipc":
         latent = unipc(dit, noise, first, contexts[:1], steps, preset.shift, y, bar)
     else:
-        latent = rollout(dit, noise, first, contexts[:1], sigmas(steps, preset.shift), y=y, progress=bar)[0]
+        sigma, fresh = sigmas(steps, preset.shift), None
+        if solver == "renoise":
+            fresh = fresh_noise(noise.shape, steps, options.seed, device=device)
+        latent = rollout(dit, noise, first, contexts[:1], sigma, y=y, progress=bar, fresh=fresh)[0]
     del dit  # its memory is free before the decoder is read
     write_video(options.out, decode(wan.vae, latent), preset.fps)
     print(f"{options.out}: {frames} frames of {size[1]}x{size[0]} at {preset.fps} fps")

@@ -50,7 +50,16 @@ from eval import (
 )
 from model import ASSETS, CONFIGS, add_lora, lora_disabled
 from reward import FaceReward, velocity_kl
-from sample import noise_like, rollout, sampling_assumptions, sigmas, velocity, window_backward, write_video
+from sample import (
+    fresh_noise,
+    noise_like,
+    rollout,
+    sampling_assumptions,
+    sigmas,
+    velocity,
+    window_backward,
+    write_video,
+)
 from weights import find_preset, load_model, parse_loras, save_lora, write_safetensors
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process is no fault
@@ -60,12 +69,12 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning) 
 # The method
 
 
-def ipro_step(tuning, batch, noise):
+def ipro_step(tuning, batch, noise, fresh=None):
     """Accumulate the gradient of  -w_R mean R + w_KL mean KL  over a micro-batch (the paper's figure 2).
 
-    tuning: a `Tuning`; batch: `Clips.batch`; noise [B, C, F', h, w]. Means are over all samples of the step, so that
-    the gradients of its micro-batches and ranks are summed. A sample that shows no face adds its KL only. Returns a
-    row of the log for each sample.
+    tuning: a `Tuning`; batch: `Clips.batch`; noise [B, C, F', h, w]; fresh: of a renoise sampler, `fresh_noise`. Means
+    are over all samples of the step, so that the gradients of its micro-batches and ranks are summed. A sample that
+    shows no face adds its KL only. Returns a row of the log for each sample.
     """
     options, wan, sigma = tuning.options, tuning.wan, tuning.sigma
     first, y, context = batch.get("first"), batch.get("y"), batch["context"]
@@ -73,7 +82,7 @@ def ipro_step(tuning, batch, noise):
     # 1. Sample on-policy from noise, N steps without gradient; keep x_{N-K} .. x_N.
     with record_function("rollout"):
         wan.at_work("dit")
-        latents = rollout(wan.dit, noise, first, context, sigma, options.window, y)
+        latents = rollout(wan.dit, noise, first, context, sigma, options.window, y, fresh=fresh)
 
     # 2. Decode x_N and score its faces against all faces of the true clip (FSM):  g = d(-w_R R)/dx_N.
     #    The graphs of the decoder and the face networks end here.
@@ -89,7 +98,7 @@ def ipro_step(tuning, batch, noise):
     # 3. Send g back through the last K steps, one step's graph at a time, and charge each for its velocity KL.
     with record_function("window"):
         wan.at_work("dit")
-        for i, x, v, loss in window_backward(tuning.model, latents, sigma, context, grad, y):
+        for i, x, v, loss in window_backward(tuning.model, latents, sigma, context, grad, y, fresh):
             with torch.no_grad(), lora_disabled(tuning.reference):
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)
             kl = velocity_kl(v, v_ref, float(sigma[i]), tuning.free_frames) / options.window  # [B]
@@ -151,8 +160,11 @@ def optimisation_step(tuning, clips, step, micro_batches, optimizer):
     for numbers in micro_batches:
         batch = batch_at(clips, options, step, numbers)
         shape = clips.latent_shape(tuning.wan.preset, batch["row"][0])
-        noise = torch.stack([noise_like(shape, options.seed, step, k) for k in numbers]).to(clips.device)
-        rows += ipro_step(tuning, batch, noise)
+        seeds, fresh = [(options.seed, step, k) for k in numbers], None
+        noise = torch.stack([noise_like(shape, *seed) for seed in seeds]).to(clips.device)
+        if options.solver == "renoise":
+            fresh = fresh_noise(noise.shape, options.sampling_steps, *seeds, device=clips.device)
+        rows += ipro_step(tuning, batch, noise, fresh)
     parameters = [p for p in tuning.model.parameters() if p.requires_grad]
     if dist.is_initialized() and not isinstance(tuning.model, FSDPModule):  # which has summed its own
         for p in parameters:
@@ -215,6 +227,8 @@ class TrainOptions:
                             least=0)  # fmt: skip
     sampling_steps: int = option(8, "N, Euler steps of a rollout", least=1, most=1000)
     shift: float = option(0.0, "of the noise schedule, towards noise; 0 = the preset's", least=0)
+    solver: str = option("euler", "how a model is sampled; renoise: as 5B-Turbo's weights are, with fresh noise a step",
+                         choices=("euler", "renoise"))  # fmt: skip
     window: int = option(4, "K, the last sampling steps, which the gradient passes through", least=1)
     reward_weight: float = option(0.1, "w_R, weight of the face reward", least=0, roll=0.1 / 0.16)
     kl_weight: float = option(1.0, "w_KL, weight of the velocity KL to the untuned model", least=0, tiny=0.32)
@@ -544,7 +558,7 @@ class HeldOut:
         tuning, options = self.tuning, self.tuning.options
         judge = tuning.judge and tuning.judge.reward
         return sample_held_out(tuning.wan, tuning.reward, self.clips, self.rows, options.sampling_steps, judge=judge,
-                               at_once=options.micro_batch)  # fmt: skip
+                               at_once=options.micro_batch, solver=options.solver)  # fmt: skip
 
     def watch(self, step, path, log):
         """A line of the log, the curves, and a video of input, before and now; returns the means."""
@@ -594,7 +608,7 @@ def main():
     out = Path(options.out)
     if CONFIGS[options.model].folder is None:
         shift = options.shift or CONFIGS[options.model].shift
-        say(sampling_assumptions(options.model, "euler", options.sampling_steps, shift, 1, options.base_lora))
+        say(sampling_assumptions(options.model, options.solver, options.sampling_steps, shift, 1, options.base_lora))
     torch.manual_seed(options.seed)  # of the LoRA, the same on every rank
     clips = Clips(options.data, "train", device, options.model, options.moving)
     unseen = Clips(options.data, "heldout", device, options.model)

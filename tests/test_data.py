@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import Clips, face_travel
 from cli import UserError
+from data import Clips, face_travel
 from model import ASSETS
 from sample import read_video, to_tensor, write_video
 from tests.test_cli import run

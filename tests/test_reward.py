@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 
-from data import Clips
 from cli import UserError
+from data import Clips
 from eval import clip_metrics
 from model import ASSETS
 from reward import (

@@ -1,7 +1,11 @@
 """The sampler's schedule, pinning and window gradient; pictures and clips on disk."""
 
+import json
+import shutil
+import subprocess
 import weakref
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -11,8 +15,10 @@ from cli import UserError
 from model import CONFIGS, DiTConfig, Experts, WanDiT
 from reward import velocity_kl
 from sample import (
+    advance,
     best_size,
     fit,
+    fresh_noise,
     guided,
     latent_size,
     noise_like,
@@ -303,3 +309,127 @@ def test_unreadable_pictures_and_videos_are_named(tmp_path):
             call(tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         read_picture(tmp_path / "none.png")
+
+
+# ------------------------------------------------------------------------- fresh noise at every step; BT.709
+
+TINY = DiTConfig(
+    dim=24, ffn_dim=32, num_heads=2, num_layers=1, in_dim=4, out_dim=4, freq_dim=16, text_dim=8, text_len=6
+)
+
+
+def renoise_scene(kind):
+    """A DiT in fp64, noise, the first frame's latent or y, context, and the noise of 4 steps."""
+    torch.manual_seed(0)
+    dit = WanDiT(TINY if kind == "first" else DiTConfig(**{**vars(TINY), "in_dim": 7}))
+    for p in dit.parameters():
+        p.data = p.data + 0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5
+    noise, context = torch.randn(2, 4, 3, 4, 4).double(), torch.randn(2, 6, 8).double()
+    first = torch.randn(2, 4, 1, 4, 4).double() if kind == "first" else None
+    y = None if kind == "first" else torch.randn(2, 3, 3, 4, 4).double()
+    fresh = [*(torch.randn(2, 4, 3, 4, 4).double() for _ in range(3)), None]
+    return dit.double(), noise, first, y, context, fresh
+
+
+def test_the_schedule_is_turbos():
+    """1000, 750, 500, 250 through shift 5."""
+    t = torch.tensor([1000.0, 750.0, 500.0, 250.0], dtype=torch.float64) / 1000
+    assert torch.allclose(sigmas(4, 5.0), torch.cat([5 * t / (1 + 4 * t), t.new_zeros(1)]))
+
+
+@pytest.mark.parametrize("kind", ["first", "y"])
+def test_a_rollout_with_fresh_noise_predicts_the_data_and_noises_it_again(kind):
+    dit, noise, first, y, context, fresh = renoise_scene(kind)
+    sigma = sigmas(4, 5.0)
+    latents = rollout(dit, noise, first, context, sigma, 4, y, fresh=fresh)
+    x = pin(noise, first)
+    with torch.no_grad():
+        for i in range(4):
+            assert torch.equal(latents[i], x)
+            x0 = x - float(sigma[i]) * velocity(dit, x, sigma[i], context, y)
+            x = x0 if i == 3 else (1 - float(sigma[i + 1])) * x0 + float(sigma[i + 1]) * fresh[i]
+            x = pin(x, first)
+    assert torch.allclose(latents[4], x, rtol=1e-12, atol=1e-12)
+    euler = rollout(dit, noise, first, context, sigma, 0, y)
+    assert torch.equal(euler[0], rollout(dit, noise, first, context, sigma, 0, y, fresh=[None] * 4)[0])
+    assert (euler[0] - latents[4]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind, window", [("first", 3), ("y", 2), ("first", 4), ("y", 1)])
+def test_its_window_gradient_is_autograds(kind, window):
+    """Of sum(probe x_N) and a penalty on each step's velocity, through the truncated chain, in fp64."""
+    dit, noise, first, y, context, fresh = renoise_scene(kind)
+    sigma, probe = sigmas(4, 5.0), torch.randn(2, 4, 3, 4, 4).double()
+    latents = rollout(dit, noise, first, context, sigma, window, y, fresh=fresh)
+    x, loss = latents[0], 0
+    for i in range(4 - window, 4):
+        v = velocity(dit, x, sigma[i], context, y)
+        loss = loss + 0.1 * v.square().sum()
+        x = pin(advance(x, v, sigma[i], sigma[i + 1], fresh[i]), first)
+    parameters = [p for p in dit.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss + (probe * x).sum(), parameters)
+    dit.zero_grad()
+    steps = []
+    for i, _, v, part in window_backward(dit, latents, sigma, context, probe, y, fresh):
+        (part + 0.1 * v.square().sum()).backward()
+        steps.append(i)
+    assert steps == list(range(3, 3 - window, -1))
+    for p, g in zip(parameters, expected, strict=True):
+        assert torch.allclose(p.grad, g, rtol=1e-9, atol=1e-10)
+
+
+def test_fresh_noise_is_the_samples_own_and_new_at_every_step():
+    a, b = fresh_noise((1, 2, 3), 4, (7, 1)), fresh_noise((1, 2, 3), 4, (7, 2))
+    assert a[-1] is None and len(a) == 4
+    both = fresh_noise((2, 2, 3), 4, (7, 1), (7, 2))
+    assert all(torch.equal(x, torch.cat([y, z])) for x, y, z in zip(both[:3], a, b))
+    drawn = [noise_like((1, 2, 3), 7, 1), *a[:3], *b[:3]]
+    assert not any(torch.equal(p, q) for i, p in enumerate(drawn) for q in drawn[:i])
+
+
+COLOURS = ((200, 60, 40), (40, 160, 70), (30, 60, 200), (235, 235, 235), (16, 16, 16), (224, 172, 138))
+
+
+def clip(path):
+    frames = np.zeros((4, 64, 32 * len(COLOURS), 3), np.uint8)
+    for i, colour in enumerate(COLOURS):
+        frames[:, :, 32 * i : 32 * i + 32] = colour
+    write_video(path, frames, 8)
+    return frames
+
+
+def middles(frames):
+    return np.stack([frames[:, 16:48, 32 * i + 8 : 32 * i + 24].mean((0, 1, 2)) for i in range(len(COLOURS))])
+
+
+def test_a_written_clip_says_that_it_is_bt709_and_reads_back(tmp_path):
+    frames = clip(tmp_path / "clip.mp4")
+    back, fps = read_video(tmp_path / "clip.mp4")
+    assert back.shape == frames.shape and fps == 8
+    assert np.abs(middles(back) - COLOURS).max() <= 2  # limited range's steps, and swscale's fast rounding
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        about = container.streams.video[0].codec_context
+        assert (about.colorspace, about.color_range, about.color_primaries, about.color_trc) == (1, 1, 1, 1)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="compares with the ffmpeg program")
+@pytest.mark.parametrize("matrix", ["", ":in_color_matrix=bt709"])  # by the file's own word; by what players assume
+def test_ffmpeg_shows_the_colours_that_were_written(matrix, tmp_path):
+    frames = clip(tmp_path / "clip.mp4")
+    height, width = frames.shape[1:3]
+    scale = f"scale=flags=accurate_rnd+full_chroma_int{matrix},format=rgb24"
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "clip.mp4", "-vf", scale, "-f", "rawvideo", "-"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    shown = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, 3)
+    assert np.abs(middles(shown) - COLOURS).max() <= 1  # limited range's steps
+    command = ["ffprobe", "-v", "error", "-show_streams", "-of", "json", tmp_path / "clip.mp4"]
+    stream = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["streams"][0]
+    names = ("color_space", "color_range", "color_primaries", "color_transfer")
+    assert [stream[n] for n in names] == ["bt709", "tv", "bt709", "bt709"]
+
+
+def test_a_picture_of_16_bit_grey_is_scaled(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(4, 0)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    seen = np.asarray(read_picture(tmp_path / "grey.png"))
+    assert seen.shape == (4, 64, 3) and np.abs(seen[0, :, 0] - ramp[0] / 257).max() <= 0.5
