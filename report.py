@@ -27,7 +27,7 @@ def interval(values, statistic=lambda mean: mean, draws=2000):
     """A statistic of the mean of n people's values [n] or [n, k], with its 95 % bootstrap interval: (it, low, high).
 
     The percentile interval is too short for few people; its level is widened until it is the t interval where the mean
-    is normal (Hesterberg 2015, arXiv 1411.5279, section 4.4). One person has no interval: (it, None, None).
+    is normal (Hesterberg 2015, arXiv 1411.5279). One person has no interval: (it, None, None).
     """
     values = np.asarray(values, float)
     n = len(values)

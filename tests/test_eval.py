@@ -29,11 +29,13 @@ from eval import (
     Tuned,
     begin,
     clip_metrics,
+    evaluate,
     face_metrics,
     face_similarity,
     is_whole,
     opens2v_similarity,
     person_of,
+    read_scorers,
     temporal_flickering,
     tuned_models,
     yaw_and_mouth,
@@ -605,6 +607,23 @@ def test_broken_clips_are_left_out_of_every_version_and_told(tiny, whole, tmp_pa
     others = [row for row in results_of(whole)["clips"] if row["clip"] == rows[5]["clip"] and row["version"] == "base"]
     (left,) = (row for row in results["clips"] if row["version"] == "base")
     assert left["facesim_from_1"] == others[0]["facesim_from_1"]  # neither stopped nor skewed
+
+
+@pytest.mark.slow
+def test_pairs_of_picture_and_prompt_need_no_true_clips(tiny, reward, tmp_path):
+    class Pairs(data.Clips):  # as data.py makes them: a picture in the place of a clip
+        def video(self, row):
+            return super().video(row)[:1]
+
+    pairs = Pairs(tiny / "data", "heldout")
+    for row in pairs.rows:
+        row["image"] = "a.png"
+    options = EvalOptions(clips=1, sampling_steps=1, out=str(tmp_path))
+    rows, problems = evaluate(options, {}, pairs, torch.device("cpu"), read_scorers(options, torch.device("cpu")))
+    assert [row["version"] for row in rows] == ["still", "base"] and not problems
+    assert len(rows[1]["over_time"]) == 5 and rows[0]["facesim_from_1"] > 0.9
+    versions, differences = report.summarise(rows, {})
+    assert versions["still"]["frozen"] and not differences
 
 
 @pytest.mark.slow
