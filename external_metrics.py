@@ -93,8 +93,10 @@ def to_unit(frames):
 
 
 def shrunk(frames, side, mode, longest=False):
-    """Frames [n, H, W, 3] of 0..255 to [n, 3, h, w] in 0..1 with the short side `side`; longest: the long side at most
-    `side`."""
+    """Frames [n, H, W, 3] of 0..255 resized to [n, 3, h, w] in 0..1 as torchvision resizes tensors: no antialiasing.
+
+    The short side becomes `side`; with longest=True the long side, and only if it is longer.
+    """
     x = frames.permute(0, 3, 1, 2).float()
     height, width = x.shape[2:]
     scale = side / (max if longest else min)(height, width)
@@ -132,25 +134,31 @@ def padded(function, multiple, least=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The networks: (files that they are in, the command that fetches them into DIR, how they are read)
+# The networks: how they are read, the files that they are in, the command that fetches those into DIR
+
+
+def read_pretrained(name, folder, device, **more):
+    """A network of transformers' class `name`; ValueError where the folder lacks some of its weights."""
+    import transformers
+
+    model, read = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **more)
+    if read["missing_keys"]:  # which transformers would make up
+        raise ValueError(f"{folder} lacks {len(read['missing_keys'])} of the weights of {name}")
+    return model.eval().to(device)
 
 
 def read_dino(folder, device):
-    from transformers import ViTModel
-
-    model = ViTModel.from_pretrained(folder / "dino-vitb16", add_pooling_layer=False).eval().to(device)
+    model = read_pretrained("ViTModel", folder, device, add_pooling_layer=False)
     return lambda x: model(x, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
 def read_clip(folder, device):
-    from transformers import CLIPVisionModelWithProjection
-
-    model = CLIPVisionModelWithProjection.from_pretrained(folder).eval().to(device)
+    model = read_pretrained("CLIPVisionModelWithProjection", folder, device)
     return lambda x: model(x).image_embeds
 
 
 def read_subject_consistency(folder, device):
-    dino = read_dino(folder, device)
+    dino = read_dino(folder / "dino-vitb16", device)
     return lambda frames, fps: consistency(features(dino, frames, IMAGENET, "bilinear", crop=False))
 
 
@@ -196,7 +204,7 @@ def read_motion_smoothness(folder, device):
     return lambda frames, fps: motion_smoothness(frames, between)
 
 
-HUB = "hf download {} --local-dir DIR/{}"
+HUB = "hf download {} --include config.json model.safetensors pytorch_model.bin --local-dir DIR/{}"
 COLUMNS = {
     "SC": (read_subject_consistency, ("dino-vitb16",), HUB.format("facebook/dino-vitb16", "dino-vitb16")),
     "BC": (read_background_consistency, ("clip-vit-base-patch32",),

@@ -320,6 +320,10 @@ def test_a_column_without_its_network_names_the_command_that_fetches_it(vbench_w
     (tmp_path / "dino-vitb16/model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="SC's network cannot be read"):
         external.read_networks(tmp_path)
+    shutil.rmtree(tmp_path / "dino-vitb16")
+    shutil.copytree(vbench_weights / "clip-vit-base-patch32", tmp_path / "dino-vitb16")  # another network
+    with pytest.raises(UserError, match="lacks .* of the weights of ViTModel"):
+        external.read_networks(tmp_path)
 
 
 def test_amt_is_read_from_its_authors_code(tmp_path, monkeypatch):
