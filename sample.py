@@ -295,15 +295,16 @@ def read_video(path, most=None):
     return np.stack(frames), fps
 
 
-def write_video(path, frames, fps):
+def write_video(path, frames, fps, crf=12):
     """Write uint8 [F, H, W, 3] (H and W even) as H.264 mp4, whole or not at all, in BT.709 and limited range.
 
-    It says so in its header: a player that guesses takes BT.709 too, and one that guessed BT.601 would shift colours.
+    crf: the quality, 0 best, 51 worst. The header says which colours they are: a player that guesses takes BT.709 too,
+    and one that guessed BT.601 would shift them.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with av.open(str(part), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=round(fps), options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=round(fps), options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         about = stream.codec_context
         about.colorspace, about.color_range = Colorspace.ITU709, ColorRange.MPEG

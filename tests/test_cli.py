@@ -63,6 +63,14 @@ MISTAKES = [
     ("data.py", ["empty", "--out", "full"], "not empty"),
     ("eval.py", [], "python train.py"),
     ("eval.py", ["--lora", "none.safetensors"], "none.safetensors: no such file"),
+    ("eval.py", ["--out", "grey.png/run"], "grey.png; name another folder"),
+    ("eval.py", ["--out", "full"], "is no evaluation"),
+    ("eval.py", ["--person", "("], "not a regular expression"),
+    ("eval.py", ["--vbench", "empty"], "no bin/vbench"),
+    ("eval.py", ["--vbench_weights", "none"], "no such folder"),
+    ("eval.py", ["--tally", "empty"], "study_key.json"),
+    ("eval.py", ["--seeds", "0"], "at least 1"),
+    ("eval.py", ["--people", "some"], "choose from largest, all"),
     ("assets/build.py", ["everything"], "stages are: clips, more"),
 ]
 

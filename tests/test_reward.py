@@ -849,7 +849,7 @@ def test_grey_frames_show_no_face_and_metrics_say_so(reward):
     info = reward.detect_and_embed(video)
     assert not info["mask"].any() and not info["embeddings"].any()
     metrics = clip_metrics(video, info, info)
-    assert metrics == dict(facesim=None, face_rate=0.0, motion=None, tf=1.0)
+    assert metrics == dict(facesim=None, facesim_from_1=None, face_rate=0.0, motion=None, tf=1.0)
 
 
 def test_a_face_s_motion_is_its_landmarks_speed_in_its_own_size():

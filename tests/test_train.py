@@ -494,16 +494,7 @@ def test_train_sample_and_eval_run(tmp_path, trained):
     shutil.copytree(trained, tmp_path / "out")
     done = run("eval.py", "--clips", 2, "--sampling_steps", 2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for row in ("VAE", "base", "LoRA"):
-        assert row in done.stdout
-    assert (tmp_path / "eval/eval.mp4").exists()
-    assert len(json.loads((tmp_path / "eval/eval.json").read_text())["base"]) == 2
-
-    whole = ("--lora", ASSETS / "dit.safetensors", "--out", "same", "--clips", 1, "--sampling_steps", 1)
-    done = run("eval.py", *whole, "--judge", ASSETS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    same = json.loads((tmp_path / "same/eval.json").read_text())
-    assert same["LoRA"] == same["base"] and same["base"][0]["judge"] == same["base"][0]["facesim"]
+    assert "tuned - base" in done.stdout and (tmp_path / "eval/report.html").exists()
 
     Image.fromarray(frames[0, :128, :128]).save(tmp_path / "face.png")
     done = run("sample.py", "--image", "face.png", "--prompt", "a man nods", "--steps", 2, "--lora",
