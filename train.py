@@ -96,7 +96,7 @@ def ipro_step(tuning, batch, noise, fresh=None):
         # g = d(-w_R R)/dx_N: the graphs of the decoder and the face networks end here
         (grad,) = torch.autograd.grad(-options.reward_weight * reward.sum() / options.batch, x_N)
         records = tuning.records(batch, video.detach(), reward.detach(), faces)
-        del video
+        del video, reward, faces  # and with them all that their graphs still hold
 
     # 3. Send g back through the last K steps, one step's graph at a time, and charge each for its velocity KL.
     with record_function("window"):
