@@ -130,7 +130,7 @@ CONFIGS = {
         dit=DiTConfig(dim=384, ffn_dim=1024, num_heads=6, num_layers=6, freq_dim=128, text_dim=128, text_len=48),
         vae=VAEConfig(dim=24, dec_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
         text=UMT5Config(dim=128, dim_attn=128, dim_ffn=256, num_heads=4, num_layers=2, vocab_size=512),
-        fps=8, frames=17, size=(128, 128), steps=8, cfg=1.0, folder=ASSETS,
+        fps=16, frames=17, size=(128, 128), steps=8, cfg=1.0, folder=ASSETS,
         shift=20.0,  # Wan's is 5; at 20 the last four of eight steps begin at sigma 0.95
     ),
     "wan5b": Preset(
