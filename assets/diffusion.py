@@ -33,7 +33,7 @@ CLIPS, BATCH, MICRO_BATCH = 1_000_000, 64, 16  # clips that a run sees; a step's
 RATE, WARMUP, DECAY = 1e-3, 100, 0.2  # peak learning rate; steps up to it; share of the run that leads down from it
 SHIFT = 5.0  # of Wan's training: sigma = s u / (1 + (s - 1) u) of u uniform in 0..1
 WIDTH = 6.94  # exponent of the average of the weights; so its deviation is a tenth of the steps so far
-SAVE_MINUTES, LOSS_MINUTES, SIMILARITY_MINUTES = 5, 15, 120
+SAVE_MINUTES, LOSS_MINUTES, SIMILARITY_MINUTES = 5, 20, 240  # between checkpoints, lines of the log, samples
 GRID = (0.95, 0.9, 0.8, 0.7, 0.4)  # noise levels of the held-out loss
 FRAMES = (1, 2, 4, 6, 8, 10, 12, 14, 16)  # where the similarity to frame 0 is measured
 
@@ -193,106 +193,105 @@ def learning_rate(step, done):
     return RATE * min(1, (step + 1) / WARMUP, (1 - done) / DECAY)
 
 
-def save(path, **state):
-    torch.save(state, f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-
 def export(dit, path):
     """The weights as fp16, as shipped."""
     write_safetensors({k: v.half().cpu().contiguous() for k, v in dit.state_dict().items()}, path)
 
 
-def train(work, out, start=None, clips=CLIPS, minutes=None, batch=BATCH, seed=0, threads=2):
-    """Train for so many clips, or `minutes` of this call; writes out/dit.safetensors at the end.
+class Every:
+    """`every(minutes)` is true once in so many minutes."""
 
-    Resumes from work/dit/state.pt if there is one; otherwise begins with the weights in the file `start`, or from
-    scratch. work/dit/log.jsonl receives the curve: clips seen, the training loss since the last line, the held-out
-    loss by noise level, and now and then the similarities that `likeness` measures.
+    def __init__(self, minutes):
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def __call__(self):
+        due = time.monotonic() - self.last >= self.seconds
+        self.last = time.monotonic() if due else self.last
+        return due
+
+
+def fit(dit, data, folder, watch, clips=CLIPS, minutes=None, batch=BATCH, micro=MICRO_BATCH, seed=0):
+    """Train `dit` on `data` (see Latents) for so many clips in all, or `minutes` of this call; gives the averaged DiT.
+
+    Resumes from folder/state.pt, if there is one, as if it had never stopped. folder/log.jsonl receives the curve:
+    clips seen, the training loss since the last line, and the dict watch(average, full): full now and then, at the end
+    too.
     """
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = work / "dit"
-    folder.mkdir(parents=True, exist_ok=True)
-    wan = load_model("tiny", device=device)
-    data, unseen = read_split(wan, work, "train"), read_split(wan, work, "heldout")
-    torch.manual_seed(seed)
-    dit = WanDiT(wan.preset.dit).to(device)
-    if start:
-        load_weights(dit, start, device, torch.float32)
     average = copy.deepcopy(dit).requires_grad_(False)
-    both = optimizers(dit.requires_grad_(True))
-    step, seen, spent, state = 0, 0, 0.0, folder / "state.pt"
+    muon, adam = optimizers(dit.requires_grad_(True))
+    step, seen, before, state = 0, 0, 0.0, folder / "state.pt"
     if state.exists():
-        saved = torch.load(state, map_location=device, weights_only=True)
-        dit.load_state_dict(saved["dit"])
-        average.load_state_dict(saved["average"])
-        for optimizer, kept in zip(both, saved["optimizers"]):
-            optimizer.load_state_dict(kept)
-        step, seen, spent = saved["step"], saved["clips"], saved["minutes"]
-    if device.type == "cuda":
+        saved = torch.load(state, map_location=data.device, weights_only=True)
+        for part, kept in zip((dit, average, muon, adam), saved["parts"]):
+            part.load_state_dict(kept)
+        step, seen, before = saved["step"], saved["clips"], saved["minutes"]
+    if data.device.type == "cuda":
         for block in dit.blocks:
             block.compile()
-    micro = batch if device.type == "cuda" else MICRO_BATCH
-    reward = FaceReward.from_folder(Path(__file__).parent, device)
-    began, losses, last = time.monotonic(), [], dict(save=0.0, loss=0.0, similarity=0.0)
-
-    def due(what, every):
-        """Have `every` minutes passed since this was last true?"""
-        now = (time.monotonic() - began) / 60
-        if now - last[what] >= every:
-            last[what] = now
-            return True
-        return False
-
-    def log(similarity):
-        row = dict(step=step, clips=seen, minutes=round(spent + (time.monotonic() - began) / 60, 1))
-        row |= dict(train=round(float(torch.stack(losses).mean()), 4) if losses else None, rate=rate)
-        row |= dict(heldout=heldout_loss(average, unseen))
-        if similarity:
-            wan.dit = average
-            row |= likeness(wan, reward, unseen, 24)
-        losses.clear()
-        with open(folder / "log.jsonl", "a") as file:
-            print(json.dumps(row), file=file)
-
-    def keep():
-        save(
-            state, dit=dit.state_dict(), average=average.state_dict(), optimizers=[o.state_dict() for o in both],
-            step=step, clips=seen, minutes=spent + (time.monotonic() - began) / 60,
-        )  # fmt: skip
-
+    weights, averages = list(dit.parameters()), list(average.parameters())
+    began, losses, rate = time.monotonic(), [], 0.0
+    saving, measuring, sampling = Every(SAVE_MINUTES), Every(LOSS_MINUTES), Every(SIMILARITY_MINUTES)
     bar = tqdm(total=clips, initial=seen, desc="dit, clips", mininterval=10)
     while True:
-        done = (time.monotonic() - began) / 60 / minutes if minutes else seen / clips
-        if done >= 1:
-            break
+        spent = (time.monotonic() - began) / 60
+        done = spent / minutes if minutes else seen / clips
+        ended = done >= 1
+        if ended or saving():
+            parts = [part.state_dict() for part in (dit, average, muon, adam)]
+            torch.save(dict(parts=parts, step=step, clips=seen, minutes=before + spent), folder / "state.part")
+            os.replace(folder / "state.part", state)
+        if ended or measuring():
+            row = dict(step=step, clips=seen, minutes=round(before + spent, 1), rate=rate)
+            row |= dict(train=round(float(torch.stack(losses).mean()), 4)) if losses else {}
+            row |= watch(average, ended or sampling())
+            losses.clear()
+            with open(folder / "log.jsonl", "a") as log:
+                print(json.dumps(row), file=log)
+        if ended:
+            return average
         rate = learning_rate(step, done)
-        inputs = step_inputs(data, seed, step, batch)
-        loss = 0
-        for part in zip(*(x.split(micro) for x in inputs)):
-            share = flow_loss(dit, part[0], part[1], part[2], part[3]).sum() / batch
-            share.backward()
-            loss = loss + share.detach()
-        losses.append(loss)
-        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        for optimizer in both:
+        total = 0
+        for inputs in zip(*(x.split(micro) for x in step_inputs(data, seed, step, batch))):
+            loss = flow_loss(dit, *inputs).sum() / batch
+            loss.backward()
+            total = total + loss.detach()
+        losses.append(total)
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        for optimizer in (muon, adam):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
         step, seen = step + 1, seen + batch
-        with torch.no_grad():
-            share = 1 - (1 - 1 / step) ** (WIDTH + 1)
-            torch._foreach_lerp_(list(average.parameters()), list(dit.parameters()), share)
+        with torch.no_grad():  # the first step's weights whole, then a share that falls as 1 / step
+            torch._foreach_lerp_(averages, weights, 1 - (1 - 1 / step) ** (WIDTH + 1))
         bar.update(batch)
-        if due("save", SAVE_MINUTES):
-            keep()
-        if due("loss", LOSS_MINUTES):
-            log(due("similarity", SIMILARITY_MINUTES))
-    keep()
-    log(True)
-    export(average, Path(out) / "dit.safetensors")
+
+
+def train(work, out, start=None, threads=2, **options):
+    """Train the tiny transformer on work/more/train; writes out/dit.safetensors. options: `fit`'s.
+
+    Resumes from work/dit/state.pt if there is one, else begins with the weights in the file `start`, or from scratch.
+    """
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(work) / "dit"
+    folder.mkdir(parents=True, exist_ok=True)
+    wan, reward = load_model("tiny", device=device), FaceReward.from_folder(Path(__file__).parent, device)
+    data, unseen = (read_split(wan, Path(work), split) for split in ("train", "heldout"))
+    torch.manual_seed(options.get("seed", 0))
+    dit = WanDiT(wan.preset.dit).to(device)
+    if start:
+        load_weights(dit, start, device, torch.float32)
+    if device.type == "cuda":
+        options["micro"] = options.get("batch", BATCH)
+
+    def watch(average, full):
+        wan.dit = average
+        found = dict(heldout=heldout_loss(average, unseen))
+        return found | likeness(wan, reward, unseen, 24) if full else found
+
+    export(fit(dit, data, folder, watch, **options), Path(out) / "dit.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
