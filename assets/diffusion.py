@@ -268,8 +268,8 @@ def fit(dit, data, folder, watch, clips=CLIPS, minutes=None, batch=BATCH, micro=
         bar.update(batch)
 
 
-def train(work, out, start=None, threads=2, **options):
-    """Train the tiny transformer on work/more/train; writes out/dit.safetensors. options: `fit`'s.
+def train(work, out, start=None, threads=2, read=read_split, **options):
+    """Train the tiny transformer on the clips of `read`; writes out/dit.safetensors. options: `fit`'s.
 
     Resumes from work/dit/state.pt if there is one, else begins with the weights in the file `start`, or from scratch.
     """
@@ -278,7 +278,7 @@ def train(work, out, start=None, threads=2, **options):
     folder = Path(work) / "dit"
     folder.mkdir(parents=True, exist_ok=True)
     wan, reward = load_model("tiny", device=device), FaceReward.from_folder(Path(__file__).parent, device)
-    data, unseen = (read_split(wan, Path(work), split) for split in ("train", "heldout"))
+    data, unseen = (read(wan, Path(work), split) for split in ("train", "heldout"))
     torch.manual_seed(options.get("seed", 0))
     dit = WanDiT(wan.preset.dit).to(device)
     if start:

@@ -58,7 +58,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(tmp_path, 
     assert [row["clips"] for row in rows] == [12, 24]
 
 
-def test_training_lowers_the_loss_and_frame_0_is_given(tmp_path):
+def test_training_lowers_the_loss_and_frame_0_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "RATE", 0.02)  # so that a hundred steps are enough
+    monkeypatch.setattr(diffusion, "WARMUP", 10)
     data, dit = Random(), untrained()
     latent, context = data.batch(np.arange(7))
     noise, sigma = torch.randn(latent.shape, generator=torch.Generator().manual_seed(1)), torch.full((7,), 0.5)
@@ -69,7 +71,7 @@ def test_training_lowers_the_loss_and_frame_0_is_given(tmp_path):
         assert torch.equal(before, diffusion.flow_loss(dit, latent, context, sigma, other))
     average = fit(dit, tmp_path, 400)
     with torch.no_grad():
-        assert diffusion.flow_loss(average, latent, context, sigma, noise).mean() < 0.9 * before.mean()
+        assert diffusion.flow_loss(average, latent, context, sigma, noise).mean() < 0.9 * before.mean()  # seven clips, by heart
 
 
 def test_an_epoch_meets_every_clip_once_and_a_step_depends_on_seed_and_number_only():
