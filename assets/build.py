@@ -335,7 +335,7 @@ def figures(args):
     found = faces.measure_detector(ASSETS / "detector.onnx", args.work)
     same = faces.measure_arcface(ArcFace.from_file(ASSETS / "arcface.safetensors"), args.work)
     turned = turning(wan, reward, Clips(ASSETS / "data", "heldout"))
-    kept = diffusion.likeness(wan, reward, diffusion.read_split(wan, args.work, "heldout"))
+    kept = diffusion.likeness(wan.dit, wan.vae, reward, diffusion.read_split(wan, args.work, "heldout"))
     print(json.dumps(dict(vae=code, linear=linear, detector=found, arcface=same, dit=turned, face=kept), indent=1))
     rows = [
         f"| VAE | PSNR of frames 1 to 16, 120 clips | {code['psnr']:.1f} dB |",

@@ -287,9 +287,8 @@ def train(work, out, start=None, threads=2, read=read_split, **options):
         options["micro"] = options.get("batch", BATCH)
 
     def watch(average, full):
-        wan.dit = average
         found = dict(heldout=heldout_loss(average, unseen))
-        return found | likeness(wan, reward, unseen, 24) if full else found
+        return found | likeness(average, wan.vae, reward, unseen, 24) if full else found
 
     export(fit(dit, data, folder, watch, **options), Path(out) / "dit.safetensors")
 
@@ -311,7 +310,7 @@ def heldout_loss(dit, data, count=32):
 
 
 @torch.no_grad()
-def likeness(wan, reward, data, count=60):
+def likeness(dit, vae, reward, data, count=60):
     """What of a face is left, by frame: the cosine of embeddings to those of true frame 0, both through the VAE.
 
     Means over `count` held-out clips at FRAMES (a frame without a face counts 0), a dict of lists: `vae` of the true
@@ -323,17 +322,17 @@ def likeness(wan, reward, data, count=60):
     for part in np.array_split(rows, -(-len(rows) // 8)):
         latent, context = data.batch(part)
         noise = torch.stack([noise_like(latent.shape[1:], 0, int(i)) for i in part]).to(latent.device)
-        first, true = latent[:, :, :1], wan.vae.decode(latent)
+        first, true = latent[:, :, :1], vae.decode(latent)
         predictions = {}
         with autocast(latent.device):
             for s in (0.9, 0.7):
                 x = pin((1 - s) * latent + s * noise, first)
-                predictions[f"sigma_{s}"] = pin(x - s * velocity(wan.dit, x, s, context), first)
+                predictions[f"sigma_{s}"] = pin(x - s * velocity(dit, x, s, context), first)
             for shift in (5, 20):
-                (sample,) = rollout(wan.dit, noise, first, CachedContext(context), sigmas(8, shift))
+                (sample,) = rollout(dit, noise, first, CachedContext(context), sigmas(8, shift))
                 predictions[f"shift_{shift}"] = sample
         target = None
-        for name, video in [("vae", true)] + [(k, wan.vae.decode(z.float())) for k, z in predictions.items()]:
+        for name, video in [("vae", true)] + [(k, vae.decode(z.float())) for k, z in predictions.items()]:
             embeddings = F.normalize(reward.look(video.float(), only=[0, *FRAMES])["embeddings"], dim=-1)  # [B, F, 512]
             target = embeddings[:, :1] if target is None else target
             found.setdefault(name, []).append((embeddings * target).sum(-1)[:, FRAMES])
