@@ -527,7 +527,7 @@ def test_train_sample_and_eval_run(tmp_path, trained):
                "out/lora.safetensors", "--out", "clip.mp4", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     clip, fps = read_video(tmp_path / "clip.mp4")
-    assert clip.shape == (17, 128, 128, 3) and fps == 8
+    assert clip.shape == (17, 128, 128, 3) and fps == 16
     assert np.abs(clip[0].astype(int) - frames[0, :128, :128]).mean() < 12  # the given frame, through VAE and H.264
 
 
