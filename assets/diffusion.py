@@ -213,18 +213,19 @@ class Every:
 def fit(dit, data, folder, watch, clips=CLIPS, minutes=None, batch=BATCH, micro=MICRO_BATCH, seed=0):
     """Train `dit` on `data` (see Latents) for so many clips in all, or `minutes` of this call; gives the averaged DiT.
 
-    Resumes from folder/state.pt, if there is one, as if it had never stopped. folder/log.jsonl receives the curve:
-    clips seen, the training loss since the last line, and the dict watch(average, full): full now and then, at the end
-    too.
+    Resumes from folder/state.pt, if there is one, as if it had never stopped; a run that has seen so many clips already
+    gives its average at once. folder/log.jsonl receives the curve: clips seen, the training loss since the last line,
+    and the dict watch(average, full): full now and then, at the end too.
     """
     average = copy.deepcopy(dit).requires_grad_(False)
     muon, adam = optimizers(dit.requires_grad_(True))
     step, seen, before, state = 0, 0, 0.0, folder / "state.pt"
     if state.exists():
         saved = torch.load(state, map_location=data.device, weights_only=True)
-        for part, kept in zip((dit, average, muon, adam), saved["parts"]):
-            part.load_state_dict(kept)
+        for part, value in zip((dit, average, muon, adam), saved["parts"]):
+            part.load_state_dict(value)
         step, seen, before = saved["step"], saved["clips"], saved["minutes"]
+    kept = step
     if data.device.type == "cuda":
         for block in dit.blocks:
             block.compile()
@@ -236,7 +237,8 @@ def fit(dit, data, folder, watch, clips=CLIPS, minutes=None, batch=BATCH, micro=
         spent = (time.monotonic() - began) / 60
         done = spent / minutes if minutes else seen / clips
         ended = done >= 1
-        if ended or saving():
+        if step > kept and (ended or saving()):
+            kept = step
             parts = [part.state_dict() for part in (dit, average, muon, adam)]
             torch.save(dict(parts=parts, step=step, clips=seen, minutes=before + spent), folder / "state.part")
             os.replace(folder / "state.part", state)
