@@ -4,8 +4,8 @@
     python assets/build.py clips           only these
     python assets/build.py --work FOLDER   for the intermediate files (default assets/build/, git-ignored)
 
-A stage that was killed continues where it stopped (only caching latents, a part of `dit`, starts over). The time each
-stage took, over all its runs, is kept in <work>/times.json and written to the marked section of assets/README.md.
+A stage that was killed continues where it stopped. The time each stage took, over all its runs, is kept in
+<work>/times.json and written to the marked section of assets/README.md.
 Besides requirements.txt this needs, only here,
 
     pip install numba && pip install --no-deps anny==0.6.2 roma pyyaml trimesh warp-lang
@@ -16,7 +16,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -180,25 +179,9 @@ def clips(args):
     ship(args.work)
 
 
-def mirror(job):
-    """Writes a clip, its .mp4 and .txt (which comes last), as a mirror shows it: left is right."""
-    import numpy as np
-
-    from sample import read_video
-
-    stem, to = job
-    if to.with_suffix(".txt").exists():
-        return
-    frames, fps = read_video(stem.with_suffix(".mp4"))
-    write(to.with_suffix(".mp4"), encode_mp4(np.ascontiguousarray(frames[:, :, ::-1]), round(fps)))
-    swapped = {"left": "right", "right": "left"}
-    words = re.split(r"\b(left|right)\b", stem.with_suffix(".txt").read_text())
-    write(to.with_suffix(".txt"), "".join(swapped.get(word, word) for word in words))
-
-
-@stage("1200 further people, 3 clips each, and all training clips mirrored: for transformer and ArcFace")
+@stage("1200 further people, 3 clips each: for transformer, ArcFace and the VAE's decoder")
 def more(args):
-    """Fills work/more/ with all that transformer and ArcFace learn from, the clips of the stage before among it."""
+    """Fills work/more/ with all that those three learn from, the clips of the stage before among it."""
     target = args.work / "more"
     render(target / "train", MORE, MORE_EACH, args)
     for split in ("train", "heldout"):
@@ -206,11 +189,6 @@ def more(args):
         for file in (args.work / "clips" / split).glob("*.*"):
             if not (target / split / file.name).exists():
                 os.link(file, target / split / file.name)
-    stems = sorted(p.with_suffix("") for p in (target / "train").glob("????_?.mp4"))
-    jobs = [(stem, stem.with_name(f"{stem.name}m")) for stem in stems]
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for _ in tqdm(pool.imap_unordered(mirror, jobs, chunksize=8), "clips mirrored", len(jobs)):
-            pass
 
 
 def ship(work):
@@ -285,42 +263,11 @@ def program(*arguments):
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ASSETS.parent, check=True)
 
 
-DIT_RECIPE = (  # the shift is that of Wan's training; the preset's own is for sampling in few steps
-    "--lora_rank 0 --optimizer muon --shift 5 --batch 8 --micro_batch 8 --warmup 100 --save_every 200 --keep 1".split()
-)
-DIT_ROUNDS = [
-    "--steps 3000 --lr 2e-3 --decay 0.6".split(),
-    "--steps 3450 --lr 1.5e-3 --decay 0.8 --seed 1".split(),
-    "--steps 3600 --lr 1.5e-3 --decay 0.8 --seed 2".split(),
-    "--steps 3700 --lr 2e-3 --decay 0.8 --seed 3 --batch 16 --compile".split(),
-]
-
-
-@stage("dit.safetensors: flow matching from scratch on the clips' latents, train.py --objective sft")
+@stage("dit.safetensors: flow matching from scratch on the clips' latents and their mirror images'")
 def dit(args):
-    import torch
+    import diffusion
 
-    from model import CONFIGS, WanDiT
-    from weights import write_safetensors
-
-    start, latents = args.work / "start", args.work / "latents"
-    if not (start / "dit.safetensors").exists():
-        start.mkdir(exist_ok=True)
-        for name in ("vae.safetensors", "text.safetensors", "tokenizer.json"):
-            shutil.copyfile(ASSETS / name, start / name)
-        torch.manual_seed(0)
-        write_safetensors(WanDiT(CONFIGS["tiny"].dit).state_dict(), start / "dit.safetensors")
-    if not (latents / "index.jsonl").exists():
-        shutil.rmtree(latents, ignore_errors=True)
-        program("data.py", args.work / "more", "--out", latents, "--latents", "--ckpt", start)
-    train = ["train.py", "--objective", "sft", "--ckpt", start, "--data", latents, *DIT_RECIPE]
-    for k, recipe in enumerate(DIT_ROUNDS):
-        run = args.work / f"dit{k}"
-        if not (run / "dit.safetensors").exists():
-            resume = ["--resume"] if (run / "options.json").exists() else []
-            program(*train, "--out", run, *recipe, *resume)
-        write(start / "dit.safetensors", (run / "dit.safetensors").read_bytes())  # where the next round starts
-    write(ASSETS / "dit.safetensors", (run / "dit.safetensors").read_bytes())
+    diffusion.train(args.work, ASSETS, threads=args.workers)
 
 
 @stage("data/: the shipped clips as data.py caches them")
@@ -372,6 +319,7 @@ def turning(wan, reward, clips, count=60):
 @stage("the figures in assets/README.md, on held-out people")
 def figures(args):
     import codec
+    import diffusion
     import faces
 
     from data import Clips
@@ -386,7 +334,8 @@ def figures(args):
     found = faces.measure_detector(ASSETS / "detector.onnx", args.work)
     same = faces.measure_arcface(ArcFace.from_file(ASSETS / "arcface.safetensors"), args.work)
     turned = turning(wan, reward, Clips(ASSETS / "data", "heldout"))
-    print(json.dumps(dict(vae=code, linear=linear, detector=found, arcface=same, dit=turned), indent=1))
+    kept = diffusion.likeness(wan.dit, wan.vae, reward, diffusion.read_split(wan, args.work, "heldout"))
+    print(json.dumps(dict(vae=code, linear=linear, detector=found, arcface=same, dit=turned, face=kept), indent=1))
     rows = [
         f"| VAE | PSNR of frames 1 to 16, 120 clips | {code['psnr']:.1f} dB |",
         f"| | the linear code (PCA) with as many components | {linear:.1f} dB |",
@@ -397,6 +346,12 @@ def figures(args):
         f"| | their frames in which the detector finds the face | {turned['face_rate']} |",
     ]
     write_section("figures", ["| network | on held-out people | |", "|---|---|---|", *rows])
+    names = dict(vae="the true clip through the VAE", **{"sigma_0.7": "one step from the true clip at sigma 0.7"})
+    names |= {"sigma_0.9": "one step from the true clip at sigma 0.9", "shift_5": "samples, 8 steps, shift 5"}
+    names |= dict(shift_20="samples, 8 steps, shift 20")
+    rows = [f"| {text} | {' | '.join(f'{x:.2f}' for x in kept[name])} |" for name, text in names.items()]
+    head = [f"| frame | {' | '.join(map(str, diffusion.FRAMES))} |", "|---|" + "---|" * len(diffusion.FRAMES)]
+    write_section("likeness", [*head, *rows])
 
 
 # -------------------------------------------------------------------------------------------------------------- main

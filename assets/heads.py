@@ -25,7 +25,7 @@ import numba as nb
 import numpy as np
 from PIL import Image
 
-SIZE, FRAMES, FPS = 128, 17, 8
+SIZE, FRAMES, FPS = 128, 17, 8  # FPS is the tiny preset's; at 16 a motion takes twice the frames and fills the clip
 WORK = Path(__file__).parent / "build"  # where the head model is cached; build.py may point it elsewhere
 SUPERSAMPLE = 3
 SKIN, EYE, TEETH, TONGUE, HAIR, CLOTH = range(6)  # materials
@@ -1451,15 +1451,18 @@ MOTIONS = {
 }
 
 
+BEATS = np.arange(FRAMES) * 8 / FPS  # the clock of `perform`, eighths of a second: at 16 fps a motion fills the clip
+
+
 def ease(start, end):
-    """0 before frame `start`, 1 after frame `end`, smooth in between, for all frames."""
-    x = np.clip((np.arange(FRAMES) - start) / max(end - start, 1e-6), 0, 1)
-    return x * x * x * (x * (6 * x - 15) + 10)
+    """0 before beat `start`, 1 after beat `end`, smooth in between, for all frames."""
+    x = np.clip((BEATS - start) / max(end - start, 1e-6), 0, 1)
+    return x * x * (3 - 2 * x)
 
 
 def perform(g, motion, expression, room):
     """One person's curves over time: yaw, pitch, roll (radians), dx, dy in face heights, gaze, actions."""
-    t = np.arange(FRAMES)
+    t = BEATS
     sway = lambda k: (
         k
         * (
@@ -1471,8 +1474,8 @@ def perform(g, motion, expression, room):
     yaw0 = g.uniform(-12, 12)
     yaw, pitch, roll = yaw0 + sway(1.3), g.uniform(-5, 6) + sway(1.0), g.uniform(-4, 4) + sway(0.8)
     dx, dy = sway(0.012), sway(0.010)
-    start = g.uniform(0.5, 4)
-    end = start + g.uniform(5.5, 10)
+    start = g.uniform(0.2, 1.6)
+    end = start + g.uniform(5.4, 6.6)
     go = ease(start, end)
     gx, gz = (
         np.zeros(FRAMES) + rad(g.uniform(-5, 5)) - rad(yaw0) * 0.5,
@@ -1484,10 +1487,8 @@ def perform(g, motion, expression, room):
         yaw = yaw + (target - yaw0) * go
         gx = gx * (1 - go) + rad(sign * 14) * (ease(start - 1.5, start + 3) - 0.6 * ease(end - 2, end + 1))
     elif motion == "nods":
-        period = g.uniform(6, 9)
-        pitch = pitch - g.uniform(9, 14) * (1 - np.cos(2 * np.pi * np.clip(t - start, 0, None) / period)) / 2 * ease(
-            start, start + 2
-        )
+        nod = np.clip((t - start) / (t[-1] - start), 0, 1)  # once down and up again, to the last frame
+        pitch = pitch - g.uniform(9, 14) * (1 - np.cos(2 * np.pi * nod)) / 2
     elif motion == "looks up":
         pitch = pitch + g.uniform(15, 24) * go
         gz = gz + rad(12) * go
@@ -1506,15 +1507,15 @@ def perform(g, motion, expression, room):
         if expression == "winks":
             s = g.choice(["Left", "Right"])
             target = {"eyeBlink" + s: 1.0, "cheekSquint" + s: 0.7, "mouthSmile" + s: 0.35}
-        on = g.uniform(1.5, 6)
-        curve = ease(on, on + g.uniform(3, 5))
+        on = g.uniform(0.5, 3)
+        curve = ease(on, on + g.uniform(2.5, 4))
         if expression == "winks" or (expression == "closes the eyes" and g.random() < 0.4):
-            curve = curve * (1 - ease(on + 7, on + 10.5))
+            curve = curve * (1 - ease(on + 3, on + 5.5))
         gain = g.uniform(0.85, 1.0)
         for name, k in target.items():
             actions[name] = actions.get(name, 0) + curve * k * (1.0 if name.startswith("eyeBlink") else gain)
-    if expression not in ("winks", "closes the eyes") and g.random() < 0.6:  # a blink: three frames
-        blink = np.interp(t, g.uniform(3, 13) + np.array([-1.6, -0.35, 0.35, 2.0]), [0, 1.0, 1.0, 0])
+    if expression not in ("winks", "closes the eyes") and g.random() < 0.6:  # a blink: five frames
+        blink = np.interp(t, g.uniform(1.5, 6.5) + np.array([-1.0, -0.25, 0.25, 1.3]), [0, 1.0, 1.0, 0])
         for s in ("Left", "Right"):
             actions["eyeBlink" + s] = np.maximum(actions.get("eyeBlink" + s, 0), blink)
     idle = 0.06 + 0.05 * np.sin(t * g.uniform(0.2, 0.5) + g.uniform(0, 6))
