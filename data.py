@@ -1,23 +1,43 @@
-"""From a folder of clips with captions to a training set: detect, filter, embed the faces, encode, cache.
+"""From a folder of clips to a training set: find the shots, filter, embed the faces, caption, encode, cache.
 
-    python data.py CLIPS --out DIR
+    python data.py CLIPS --out DIR                a training set; killed, the same command goes on
+    python data.py PAIRS.csv --pairs --out DIR    an evaluation set of (image, prompt) rows
 
-CLIPS holds videos with their captions beside them (a.mp4, a.txt); sub-folders `train` and `heldout`, where there
-are such, say which clips are never trained on, otherwise --split holds a share out. DIR receives index.jsonl (a
-line a kept clip), rejected.jsonl (a line a refused clip, with the reason) and cache/*.safetensors (per clip: the
-pool of face embeddings, the first frame's latent or A14B's y, the prompt's context). train.py and eval.py read it.
+What is kept, and why (arXiv 2510.14255): video models lose a face where it is small, so the paper trains on clips
+whose largest face is at most 100 px a side in every frame of a 960p picture, with a face in at least 40 % of the
+frames, and none that a vision-language model calls occluded. The embedding of EVERY frame's face is stored: they are
+the pool that the reward compares a generated face with. That needs one person a pool, so clips are taken from within
+shots, and a pool whose faces are of several people is refused.
 
-The paper's filters (arXiv 2510.14255): the largest face at most 100 px a side in every frame, a face in at least
-40 % of the frames; the embedding of every frame with a face is kept: they are the pool that FSM compares with.
+DIR receives index.jsonl (a line a kept clip), rejected.jsonl (a line a refused one: reason and figures), report.html,
+and cache/ (a clip's pool, the first frame's latent or A14B's y, the prompt's context). train.py and eval.py read it.
 """
 
+import base64
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import datetime
+import fcntl
+import functools
+import hashlib
+import html
+import io
 import json
+import multiprocessing
 import os
+import shutil
+import string
+import threading
+import time
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
@@ -26,11 +46,166 @@ from tqdm import tqdm
 
 from cli import UserError, option, parse_options, run
 from model import ASSETS, CONFIGS
-from reward import FaceReward
-from sample import condition, fit, latent_size, read_video, to_frames, to_tensor
+from reward import FaceReward, link, usable
+from sample import best_size, condition, fit, latent_size, read_picture, to_tensor
+from video import Refused, decode, read_span, resample, survey, upright
+from vlm import Unanswered, ask, yes_or_no
 from weights import find_preset, load_model, write_safetensors
 
 SPLITS = ("train", "heldout")
+
+
+@dataclass
+class DataOptions:
+    clips: str = option("", "folder of videos, searched through, with captions beside them (a.mp4, a.txt) or in its "
+                            "metadata.csv; or a .csv or .jsonl of video,prompt rows")  # fmt: skip
+    out: str = option("", "folder to make; one begun with the same options is continued")
+    pairs: bool = option(False, "CLIPS is a .csv or .jsonl of image,prompt rows: make an evaluation set")
+    model: str = option("tiny", "preset", choices=tuple(CONFIGS))
+    ckpt: str = option("", "folder with the model's weights; tiny ships its own")
+    faces: str = option(str(ASSETS), "folder with a face detector and encoder, e.g. antelopev2")
+    workers: int = option(1, "processes, each with the networks in memory; torchrun starts more, on more machines", 1)
+    # which frames
+    frames: int | None = option(None, "frames of a clip, 4n+1; default: the preset's", 1)
+    size: tuple[int, int] | None = option(None, "HxW in pixels; default: the preset's")
+    spans: str = option("head", "which frames of a shot become clips: its first ones, all one after another, "
+                                "overlapping ones, or --span_count spread evenly",
+                                choices=("head", "chunk", "slide", "uniform"))  # fmt: skip
+    span_stride: int | None = option(None, "frames from one clip to the next, for slide; default: half a clip", 1)
+    span_count: int = option(4, "clips of a shot, for uniform", 1)
+    low_fps: str = option("refuse", "a video with fewer frames a second than the model's: refuse it, or repeat frames",
+                          choices=("refuse", "repeat"))  # fmt: skip
+    shape: str = option("crop", "a video of another shape: crop it so that the faces stay, give it a size of its own "
+                                "(bucket; then train with --micro_batch 1), or refuse it",
+                                choices=("crop", "bucket", "refuse"))  # fmt: skip
+    # which of them are kept
+    max_face: float | None = option(None, "px that the largest face's longer side may have in any frame, were the "
+                                          "frame 960p; default: 100, the paper's, and 750 for tiny", 1)  # fmt: skip
+    coverage: float = option(0.4, "smallest share of frames that show a face", 0, 1)
+    people: int = option(
+        1, "most people of a clip (one more in under a tenth of the frames is let pass); each has a pool", 1
+    )
+    min_motion: float = option(0.0, "least change from frame to frame, mean of 0..255 levels", 0)
+    min_sharpness: float = option(0.0, "least sharpness of the face: its Laplacian's standard deviation, levels", 0)
+    tiled: bool = option(False, "look again, enlarged and in tiles, where faces are small against the frame")
+    split: float = option(0.1, "share of videos held out, where the folder has no train/ and heldout/ (which keep the "
+                               "clips of one person together; a share does not)", 0, 1)  # fmt: skip
+    vlm: str = option("", "URL of an OpenAI-compatible endpoint, as http://localhost:8000/v1, whose vision-language "
+                          "model is asked whether a face is occluded; $OPENAI_API_KEY is its key")  # fmt: skip
+    vlm_model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "the model's name there")
+    vlm_captions: bool = option(False, "let it write the captions that are missing, too")
+    vlm_timeout: float = option(60.0, "seconds to wait for an answer, three times", 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+def filter_faces(reward, video, options):
+    """The pool of a clip [1, 3, F, H, W] as tensors, and the figures that the index gives; Refused by the filters.
+
+    The pool is pool [F, D] with pool_mask [F], every frame's largest face; of several people [P, F, D] and [P, F].
+    """
+    info = reward.detect_and_embed(video)
+    seen, (height, width) = info["mask"][0], video.shape[-2:]  # [F]
+    boxes = info["boxes"][0][seen]
+    side = float((boxes[:, 2:] - boxes[:, :2]).max()) if len(boxes) else 0.0
+    side_960 = side * 960 / min(height, width)  # as the paper measures it, whatever the size here is
+    coverage, crowd = (float(share.float().mean()) for share in (seen, info["count"][0] > options.people))
+    pool, mask = info["embeddings"][0], seen
+    if options.people > 1:
+        pool, mask = reward.identities(video, options.people)
+        strangers = 1 - float(mask.sum()) / max(int(info["count"].sum()), 1)
+    else:
+        numbers = Counter(number for (number,) in link([face[None] for face in pool[mask]]))
+        strangers = 1 - max(numbers.values(), default=0) / max(len(boxes), 1)
+    unit = F.normalize(info["embeddings"][0][seen], dim=-1)
+    agreement = float((unit @ unit.T).mean()) if len(unit) else 0.0
+    motion, sharpness = motion_and_sharpness(video, info)
+    figures = dict(coverage=round(coverage, 3), face=round(side, 1), face_960=round(side_960, 1), crowd=round(crowd, 3),
+                   travel=round(face_travel(info), 4), agreement=round(agreement, 3), strangers=round(strangers, 3),
+                   motion=round(motion, 2), sharpness=round(sharpness, 2))  # fmt: skip
+    for kind, refused, reason in (
+        ("coverage", coverage < options.coverage or not seen.any(),
+         f"a face in {coverage:.0%} of the frames, {options.coverage:.0%} are needed"),
+        ("face size", side_960 > options.max_face,
+         f"a face of {side_960:.0f} px at 960p ({side:.1f} px of {width}x{height}), at most {options.max_face:g} are "
+         "allowed"),
+        ("people", crowd > 0.1, f"more than {options.people} face(s) in {crowd:.0%} of the frames"),
+        ("pool", strangers > 0.1, f"the pool disagrees with itself: {strangers:.0%} of its faces are of other people"),
+        ("motion", len(seen) > 1 and motion < options.min_motion,
+         f"frames change by {motion:.2f} levels, at least {options.min_motion:g} are wanted"),
+        ("sharpness", sharpness < options.min_sharpness,
+         f"a face of sharpness {sharpness:.2f}, at least {options.min_sharpness:g} is wanted"),
+    ):  # fmt: skip
+        if refused:
+            raise Refused(kind, reason, **figures)
+    return dict(pool=pool, pool_mask=mask.byte()), figures
+
+
+def face_travel(info):
+    """How far a clip's face gets from its first place, from `detect_and_embed`: mean over frames, in sizes of the face.
+
+    0 where no frame shows a face.
+    """
+    seen = info["mask"][0]
+    if not seen.any():
+        return 0.0
+    place, box = info["landmarks"][0][seen].mean(1), info["boxes"][0][seen][0]
+    return float((place - place[0]).norm(dim=-1).mean() / (box[2:] - box[:2]).prod().sqrt())
+
+
+def motion_and_sharpness(video, info):
+    """Mean |difference| of consecutive frames, and the mean over frames of the standard deviation of the Laplacian
+    inside the largest face's box; both of the luma, in levels of 0..255. video [1, 3, F, H, W] in [-1, 1]."""
+    luma = (video[0] * video.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0) * 127.5  # [F, H, W]
+    kernel = luma.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    laplacian = F.conv2d(luma[:, None], kernel[None, None], padding=1)[:, 0]
+    boxes = [(k, *info["boxes"][0, k].round().clamp(min=0).int().tolist()) for k in info["mask"][0].nonzero()[:, 0]]
+    faces = [laplacian[k, y0:y1, x0:x1] for k, x0, y0, x1, y1 in boxes]
+    spread = [float(face.std()) for face in faces if face.numel() > 1]
+    motion = float(luma.diff(dim=0).abs().mean()) if len(luma) > 1 else 0.0
+    return motion, sum(spread) / max(len(spread), 1)
+
+
+OCCLUDED = (
+    "These pictures are frames of one clip, in order. Look at the face of the person who is largest. Is a part of that "
+    "face hidden in any of them: by a hand, a mask, dark glasses, a microphone, a cup, another person, or anything "
+    "else in front of it? Turning away does not count. Answer with one word, yes or no."
+)
+CAPTION = (
+    "These pictures are frames of one clip, in order. Describe the clip in one paragraph of at most 80 words: who is "
+    "seen and what they look like, what they do from beginning to end, where they are, how the camera moves. Describe "
+    "only what is seen, and answer with the description alone."
+)
+
+
+def check_occlusion(options, pictures, figures):
+    """Refused where the vision-language model says that the face is occluded, or does not say whether it is."""
+    answer = ask(options.vlm, options.vlm_model, OCCLUDED, pictures, options.vlm_timeout)
+    occluded = yes_or_no(answer)
+    if occluded is None:
+        raise Refused("unclear", f"--vlm did not say yes or no to an occluded face, but {answer[:80]!r}", **figures)
+    if occluded:
+        raise Refused("occluded", f"the face is occluded, says {options.vlm_model}", **figures)
+
+
+@torch.no_grad()
+def fingerprint(encoder):
+    """Eight numbers that tell face encoders apart, whatever file, device and precision they come in: the first ones of
+    the unit embedding of a fixed picture."""
+    ramp = torch.linspace(-1, 1, 3 * encoder.size**2).view(1, 3, encoder.size, encoder.size)
+    embedding = encoder(ramp.to(next(encoder.parameters()).device))
+    return [round(value, 4) for value in F.normalize(embedding.float(), dim=-1)[0, :8].tolist()]
+
+
+def same_encoder(a, b):
+    """Are two fingerprints of one encoder? Those of two differ by 0.04 a number, those of bf16 and fp32 by 0.0005."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) < 0.005
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What train.py and eval.py read
 
 
 class Clips:
@@ -38,9 +213,9 @@ class Clips:
 
     len(clips); `batch(rows)` gives a dict of first [B, z, 1, h, w] (A14B: y [B, 4 + z, F', h, w]), context
     [B, L, text_dim] (zero-padded), caption (a list), row (the clips' numbers: one that cannot be read is told of, and
-    the next stands in for it), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]), or
-    latent [B, z, F', h, w] where the set was made with --latents; `video(row)` gives the true clip, uint8
-    [F, H, W, 3]. moving: keep this share of the clips, those whose faces move furthest (`face_travel`).
+    the next stands in for it), and pool [B, F, 512] with pool_mask [B, F] bool (of several people: [B, P, F, ...]);
+    `video(row)` gives the true clip, uint8 [F, H, W, 3], of an evaluation set its picture, F = 1. moving: keep this
+    share of the clips, those whose faces move furthest (`face_travel`).
     UserError where the folder is no such set, or one for another model than the given one.
     """
 
@@ -51,10 +226,13 @@ class Clips:
             raise UserError(
                 f"--data {folder}: no index.jsonl in it; make the set with: python data.py CLIPS --out {folder}"
             )
-        rows = [json.loads(line) for line in index.read_text().splitlines()]
+        rows = read_rows(index)
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
             raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
+        for row in self.rows:  # a set from elsewhere may say what it likes
+            if os.path.isabs(row["cache"]) or os.path.normpath(row["cache"]).startswith(".."):
+                raise UserError(f"{index}: the cache file {row['cache']} of {row['clip']} is outside the folder")
         if moving < 1:
             if any("travel" not in row for row in self.rows):
                 raise UserError(f"--moving: {folder} does not say how its faces move; make it anew with data.py")
@@ -69,6 +247,13 @@ class Clips:
 
     def __len__(self):
         return len(self.rows)
+
+    def check_encoder(self, encoder):
+        """UserError where the pools were made with another face encoder than the given one."""
+        made_with = self.rows[0].get("encoder")
+        if made_with and not same_encoder(made_with, fingerprint(encoder)):
+            raise UserError(f"--data {self.folder}: its faces were embedded with another network than that of --faces; "
+                            f"name the folder that data.py was given, or make the set anew")  # fmt: skip
 
     def spread(self, count):
         """At most `count` row numbers, evenly spread, so that they cover as many identities as they can."""
@@ -91,6 +276,9 @@ class Clips:
 
     def batch(self, rows):
         cached, rows = zip(*map(self.read, rows))
+        sizes = {tuple(self.rows[r]["size"]) for r in rows}
+        if len(sizes) > 1:
+            raise UserError(f"--data {self.folder}: clips of several sizes in one batch; take --micro_batch 1")
         length = max(c["context"].shape[0] for c in cached)
         if cached[0].get("pool", torch.empty(0)).dim() == 3:  # clips of one person among clips of several
             most = max(len(c["pool"]) for c in cached)
@@ -110,154 +298,618 @@ class Clips:
 
     def video(self, row):
         row = self.rows[row]
-        frames, _ = read_video(self.folder / row["video"], row["frames"])
-        return np.stack([fit(Image.fromarray(f), row["size"]) for f in frames])
+        if "image" in row:
+            return crop_and_fit(read_picture(self.folder / row["image"]), row["size"], row.get("crop"))[None]
+        try:
+            frames = list(read_span(self.folder / row["video"], row["fps"], row.get("start", 0), row["frames"]))
+        except Refused as error:
+            raise UserError(f"{self.folder / row['video']}: {error}") from None
+        return np.stack([crop_and_fit(frame, row["size"], row.get("crop")) for frame in frames])
 
 
-@dataclass
-class DataOptions:
-    clips: str = option("", "folder of videos with captions: a.mp4 and a.txt")
-    out: str = option("", "folder to make")
-    model: str = option("tiny", f"preset: {', '.join(CONFIGS)}")
-    ckpt: str = option("", "folder with the model's weights; tiny ships its own")
-    faces: str = option(str(ASSETS), "folder with a face detector and encoder, e.g. antelopev2")
-    frames: int | None = option(None, "frames of a clip, 4n+1, counted from its start; default: the preset's")
-    size: tuple[int, int] | None = option(None, "HxW in pixels, covered and centre-cropped; default: the preset's")
-    max_face: float = option(100.0, "largest side in pixels that a clip's largest face may have in any frame")
-    coverage: float = option(0.4, "smallest share of frames that show a face")
-    people: int = option(
-        1, "most people of a clip (one more in under a tenth of the frames is let pass); each has a pool"
-    )
-    tiled: bool = option(False, "look again, enlarged and in tiles, where faces are small against the frame")
-    split: float = option(0.1, "share of clips held out, where the folder has no train/ and heldout/ (which keep the "
-                               "clips of one person together; a share does not)")  # fmt: skip
-    latents: bool = option(False, "cache whole clips' latents, for --objective sft, instead of looking for faces")
+def read_rows(path):
+    """The lines of a .jsonl file as dicts. UserError for one that is not JSON."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not JSON: {line[:60]}") from None
+    return rows
 
 
-class Refused(Exception):
-    """Why a clip is not taken."""
+# ---------------------------------------------------------------------------------------------------------------
+# One clip
 
 
-def read_clip(path, frames, size):
-    """A clip's caption, its first `frames` frames as a video [1, 3, F, H, W], and its frames per second."""
-    file = path.with_suffix(".txt")
-    try:
-        caption = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-        video, fps = read_video(path, frames)
-    except UnicodeDecodeError as error:
-        raise Refused(f"{file.name} is not UTF-8 text ({error})") from None
-    except UserError as error:
-        raise Refused(str(error)) from None
-    if not caption:
-        raise Refused(f"no caption: {file.name} is missing or empty")
-    if len(video) < frames:
-        raise Refused(f"{len(video)} frames, {frames} are needed")
-    return caption, to_tensor(np.stack([fit(Image.fromarray(frame), size) for frame in video])), fps
+class Networks:
+    """The networks that a process prepares clips with, and the time that each stage took: seconds and frames."""
+
+    def __init__(self, options, device):
+        self.wan = load_model(options.model, options.ckpt, device)
+        self.reward = FaceReward.from_folder(options.faces, device, tiled=options.tiled)
+        self.encoder = fingerprint(self.reward.encoder)
+        self.seconds, self.frames = Counter(), Counter()
+        self.reward.encoder.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter()))
+        self.reward.encoder.register_forward_hook(lambda *_: self.add("embed", time.perf_counter() - self.began))
+
+    def add(self, stage, seconds, frames=0):
+        self.seconds[stage] += seconds
+        self.frames[stage] += frames
+
+    @contextlib.contextmanager
+    def timed(self, stage, frames):
+        """Count the time that passes inside, less what is counted as embedding, to a stage."""
+        began, embedding = time.perf_counter(), self.seconds["embed"]
+        yield
+        self.add(stage, time.perf_counter() - began - (self.seconds["embed"] - embedding), frames)
 
 
-def face_travel(info):
-    """How far a clip's face gets from its first place, from `detect_and_embed`: mean over frames, in sizes of the face.
-
-    0 where no frame shows a face.
-    """
-    seen = info["mask"][0]
-    if not seen.any():
-        return 0.0
-    place, box = info["landmarks"][0][seen].mean(1), info["boxes"][0][seen][0]
-    return float((place - place[0]).norm(dim=-1).mean() / (box[2:] - box[:2]).prod().sqrt())
+def crop_and_fit(picture, size, box=None):
+    """A PIL image, or its box (x0, y0, x1, y1), resized to cover `size` and centre-cropped: uint8 [H, W, 3]."""
+    return fit(picture.crop(box) if box else picture, size)
 
 
-def pool_of(reward, video, options):
-    """The pool (embeddings and mask of every frame with a face) and what the index says of the faces; or Refused."""
-    info = reward.detect_and_embed(video)
-    seen = info["mask"][0]
-    coverage = float(seen.float().mean())
-    crowd = float((info["count"][0] > options.people).float().mean())
-    if coverage < options.coverage:
-        raise Refused(f"a face in {coverage:.0%} of the frames, {options.coverage:.0%} are needed")
-    boxes = info["boxes"][0][seen]
-    side = float((boxes[:, 2:] - boxes[:, :2]).max()) if len(boxes) else 0.0
-    if side > options.max_face:
-        raise Refused(f"a face of {side:.1f} px, at most {options.max_face:g} are allowed")
-    if crowd > 0.1:
-        raise Refused(f"more than {options.people} face(s) in {crowd:.0%} of the frames")
-    pool, mask = info["embeddings"][0], seen
-    if options.people > 1:
-        pool, mask = reward.identities(video, options.people)
-    about = dict(coverage=round(coverage, 3), face=round(side, 1), travel=round(face_travel(info), 4))
-    return dict(pool=pool, pool_mask=mask.byte()), about
+def cropped_share(picture, size):
+    """The share of a PIL image that is lost where it is made to cover `size` = (height, width)."""
+    ratio = picture.width / picture.height / (size[1] / size[0])
+    return 1 - min(ratio, 1 / ratio)
+
+
+def face_box(reward, pictures, size, people):
+    """The box (x0, y0, x1, y1) of PIL images, of `size`'s shape, that holds the faces in all of them, nearest to the
+    centre; None where the centre does. Refused where no such box is large enough."""
+    width, height = pictures[0].size
+    scale = max(size[1] / width, size[0] / height)
+    whole = round(height * scale), round(width * scale)  # covers `size`, not cropped yet
+    axis = 0 if whole[1] > size[1] else 1  # along which there is a choice: x or y
+    span, room = (size[1], whole[1]) if axis == 0 else (size[0], whole[0])
+    device = next(reward.encoder.parameters()).device
+    video = to_tensor(np.stack([fit(picture, whole) for picture in pictures])).to(device)
+    faces = torch.cat([usable(found).boxes[:people] for found in reward.detector(video[0].transpose(0, 1))])
+    if not len(faces):
+        return None
+    margin = 0.4 * (faces[:, 2 + axis] - faces[:, axis])  # a head is larger than the detector's face
+    low = float((faces[:, axis] - margin).min().clamp(min=0))
+    high = float((faces[:, 2 + axis] + margin).max().clamp(max=room))
+    if high - low > span:
+        raise Refused("shape", f"{width}x{height}: no crop to the shape of {size[1]}x{size[0]} holds the face in all "
+                               f"frames; --shape bucket keeps the whole picture")  # fmt: skip
+    centre = (room - span) / 2
+    start = min(max(centre, high - span), low)
+    if start == centre:
+        return None
+    a, b = round(start / scale), round((start + span) / scale)
+    return (a, 0, b, height) if axis == 0 else (0, a, width, b)
 
 
 @torch.no_grad()
-def prepare(wan, reward, path, options, frames, size):
-    """One clip's tensors to cache, and its row of the index. Raises Refused with the reason why it is not taken."""
-    caption, video, fps = read_clip(path, frames, size)
-    video = video.to(next(wan.vae.parameters()).device)
-    try:
-        context = wan.encode_text([caption])[0]
-    except UserError as error:
-        raise Refused(str(error)) from None
-    tensors = dict(context=context[: int((context != 0).any(1).sum())])
-    row = dict(caption=caption, model=options.model, frames=frames, size=list(size), fps=fps)
-    if options.latents:
-        with torch.autocast(video.device.type, torch.bfloat16):  # off by 1.5 % of their size, in half the time
-            tensors["latent"] = wan.vae.encode(video)[0].float()
-    else:
-        faces, about = pool_of(reward, video, options)
-        tensors |= faces
-        row |= about
-    first, y = condition(wan, to_frames(video[:, :, :1])[0], frames)
+def prepare(networks, pictures, caption, options, preset):
+    """One clip's tensors to cache, and its row of the index. Refused where it is not taken.
+
+    pictures: a list of functions, each giving one frame as an upright PIL image, so that one at a time is in memory.
+    """
+    wan, reward, size, box = networks.wan, networks.reward, preset.size, None
+    with networks.timed("decode", len(pictures)):
+        first = pictures[0]()
+    if options.shape == "bucket":
+        size = best_size(preset, *first.size)
+    lost = cropped_share(first, size)
+    if lost > 0.05:
+        if options.shape == "refuse":
+            raise Refused("shape", f"{first.width}x{first.height}: {lost:.0%} of it would be cropped away")
+        some = np.linspace(0, len(pictures) - 1, min(8, len(pictures))).astype(int)
+        with networks.timed("detect", 0):
+            box = face_box(reward, [pictures[k]() for k in some], size, options.people)
+    with networks.timed("decode", 0):
+        frames = np.stack([crop_and_fit(picture(), size, box) for picture in pictures])
+    video = to_tensor(frames).to(wan.device)
+    networks.frames["embed"] += len(frames)
+    with networks.timed("detect", len(frames)):
+        tensors, figures = filter_faces(reward, video, options)
+    if options.vlm:
+        shown = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
+        with networks.timed("ask", len(shown)):
+            check_occlusion(options, shown, figures)
+            if not caption and options.vlm_captions:
+                caption = ask(options.vlm, options.vlm_model, CAPTION, shown, options.vlm_timeout)
+    if not caption:
+        raise Refused("caption", "an empty caption", **figures)
+    with networks.timed("encode", 1):
+        try:
+            context = wan.encode_text([caption])[0]
+        except UserError as error:  # too long
+            raise Refused("caption", str(error), **figures) from None
+        first, y = condition(wan, frames[0], options.frames)
+    tensors |= dict(context=context[: int((context != 0).any(1).sum())])
     tensors |= dict(first=first[0]) if y is None else dict(y=y[0])
-    return row, {k: v.half().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()}
+    row = dict(caption=caption, model=options.model, encoder=networks.encoder, frames=options.frames, size=list(size))
+    row |= dict(crop=list(box)) if box else {}
+    return row | figures, {
+        k: v.half().cpu().contiguous() if v.is_floating_point() else v.cpu() for k, v in tensors.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Clips on disk: which there are, their captions
+
+VIDEOS = ".mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv .mxf .vob".split()
+
+
+@dataclass
+class Item:
+    """A video or picture to look at: its path, its name in the set, and its caption (None: in a file beside it)."""
+
+    path: Path
+    name: str
+    caption: str | None = None
+
+
+def name_of(path, folder):
+    """A name for a file that holds for its cache too: its path in the folder, or, where it lies elsewhere or that is
+    no file name of ours, a hash of its path before its own name."""
+    name = os.path.relpath(path, folder)
+    if not name.startswith("..") and len(os.fsencode(name)) < 200 and name.encode(errors="ignore") == os.fsencode(name):
+        return name
+    stem = Path(path).stem.encode(errors="replace")[-80:].decode(errors="replace")
+    return f"elsewhere/{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}_{stem}{Path(path).suffix}"
+
+
+def find_videos(folder):
+    """The videos in a folder and all below it, sorted; links are followed, each folder is entered once."""
+    found, entered = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(place))
+        folders.sort()
+        found += [Path(place, f) for f in files if Path(f).suffix.lower() in VIDEOS and not f.startswith("._")]
+    return sorted(found)
+
+
+def list_items(source, pairs=False):
+    """What there is to prepare, from a folder, a .csv or a .jsonl. UserError where that cannot be read."""
+    source, column = Path(source), "image" if pairs else "video"
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or file")
+    if source.is_dir() and not pairs and (source / "metadata.csv").is_file():
+        source = source / "metadata.csv"
+    if source.is_dir():
+        if pairs:
+            raise UserError(f"--pairs {source}: is a folder; a .csv or .jsonl of image,prompt rows is needed")
+        items = [Item(path, name_of(path, source)) for path in find_videos(source)]
+        if not items:
+            raise UserError(f"{source}: no video in it ({', '.join(VIDEOS)})")
+        return items
+    if source.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"{source}: is neither a folder nor a .csv or .jsonl of {column},prompt rows")
+    try:
+        if source.suffix.lower() == ".csv":
+            with open(source, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+        else:
+            rows = read_rows(source)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{source}: not a readable list ({error}); it must be UTF-8") from None
+    items = {}
+    for number, row in enumerate(rows, 1):
+        if not row.get(column) or not isinstance(row.get("prompt"), str):
+            raise UserError(f"{source}: row {number} has no {column} and prompt; it has {', '.join(map(str, row))}")
+        path, prompt = source.parent / row[column], row["prompt"].strip()
+        name = name_of(path, source.parent)
+        if pairs:  # a picture may have several prompts
+            name = f"{hashlib.sha256(prompt.encode()).hexdigest()[:8]}/{name}"
+        if name in items:
+            raise UserError(f"{source}: row {number}: {row[column]} is in the list twice")
+        items[name] = Item(path, name, prompt)
+    if not items:
+        raise UserError(f"{source}: no rows in it")
+    return list(items.values())
+
+
+def read_caption(item, optional):
+    """An item's caption, from its list or the text file beside it; Refused where there is none and it must be."""
+    file = item.path.with_suffix(".txt")
+    caption = item.caption
+    if caption is None and file.is_file():
+        try:
+            caption = file.read_text(encoding="utf-8-sig").strip()
+        except (UnicodeDecodeError, OSError) as error:
+            raise Refused("caption", f"{file.name} is not UTF-8 text ({error})") from None
+    if not caption and not optional:
+        raise Refused("caption", "no caption: " + (f"{file.name} is missing or empty" if item.caption is None
+                                                   else "its prompt is empty"))  # fmt: skip
+    return caption or ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One file: its clips into the cache, its lines for index.jsonl and rejected.jsonl
+
+
+def spans_of(start, end, options):
+    """The first frames of the clips that are taken of a shot."""
+    last = end - options.frames
+    if last < start:
+        return []
+    if options.spans == "uniform":
+        return sorted({round(k) for k in np.linspace(start, last, options.span_count)})
+    stride = options.frames if options.spans == "chunk" else options.span_stride or max(options.frames // 2, 1)
+    return [start] if options.spans == "head" else list(range(start, last + 1, stride))
+
+
+def spans_to_try(networks, item, options, fps):
+    """What of a video is tried: yields (start frame, how many frames are repeated, its frames as functions)."""
+    began = time.perf_counter()
+    shots, repeated = survey(item.path, fps)
+    networks.add("find cuts", time.perf_counter() - began, len(repeated))
+    starts = []
+    for start, end in shots:
+        starts += spans_of(start, end, options)
+        if end - start < options.frames:
+            where = f" between two cuts, from {start / fps:.2f} s" if len(shots) > 1 else ""
+            yield start, 0, f"{end - start} frames{where}, {options.frames} are needed (at {fps} a second)"
+    window, starts, began = deque(maxlen=options.frames), deque(starts), time.perf_counter()
+    frames = resample(decode(item.path), fps) if starts else ()
+    for k, _, *shown in frames:
+        window.append(functools.partial(upright, *shown))
+        if k == starts[0] + options.frames - 1:
+            networks.add("decode", time.perf_counter() - began)
+            yield starts[0], sum(repeated[starts[0] + 1 : k + 1]), list(window)
+            began = time.perf_counter()
+            starts.popleft()
+            if not starts:
+                break
+
+
+def prepare_file(networks, item, options, preset):
+    """The lines that an item gives index.jsonl and rejected.jsonl, (kept, refused); its cache files are written."""
+    out, kept, refused = Path(options.out), [], []
+    column = "image" if options.pairs else "video"
+    about = {"file": item.name, column: os.path.relpath(item.path, out)}
+
+    def refuse(refusal, **where):
+        refused.append(dict(clip=item.name, kind=refusal.kind, reason=str(refusal)) | where | about | refusal.figures)
+
+    def keep(pictures, caption, **where):
+        row, tensors = prepare(networks, pictures, caption, options, preset)
+        mark = f"@{where['start']}" if where.get("start") else ""
+        cache = Path("cache") / f"{item.name}{mark}.safetensors"
+        (out / cache).parent.mkdir(parents=True, exist_ok=True)
+        write_safetensors(tensors, out / cache)
+        clip = str(Path(item.name).with_suffix("")) + mark
+        kept.append(dict(clip=clip, **about, cache=str(cache)) | where | row)
+
+    try:
+        caption = read_caption(item, options.vlm and options.vlm_captions)
+        if options.pairs:
+            try:
+                picture = read_picture(item.path)
+            except UserError as error:
+                raise Refused("unreadable", str(error).removeprefix("--image ")) from None
+            keep([lambda: picture], caption)
+        else:
+            for start, repeated, pictures in spans_to_try(networks, item, options, preset.fps):
+                where = dict(start=start, fps=float(preset.fps), repeated=repeated)
+                try:
+                    if isinstance(pictures, str):
+                        raise Refused("short", pictures)
+                    if options.low_fps == "refuse" and repeated > max(1, 0.02 * options.frames):
+                        raise Refused("low fps", f"{repeated} of {options.frames} frames would be repeated to reach "
+                                                 f"{preset.fps} a second; --low_fps repeat lets them")  # fmt: skip
+                    keep(pictures, caption, **where)
+                except Refused as refusal:
+                    refuse(refusal, **where)
+    except Refused as refusal:  # the file as a whole, also where its damage came to light late
+        kept, refused = [], []
+        refuse(refusal)
+    return kept, refused
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# report.html
+
+
+def histogram(values, title, unit):
+    """An SVG of how many clips have which value."""
+    counts, edges = np.histogram(values, 20)
+    bars = "".join(
+        f'<rect x="{18 * k + 1}" y="{90 - 80 * n / counts.max():.1f}" width="16" height="{80 * n / counts.max():.1f}">'
+        f"<title>{edges[k]:.3g} to {edges[k + 1]:.3g}: {n} clips</title></rect>"
+        for k, n in enumerate(counts)
+    )
+    scale = f'<text x="0" y="106">{edges[0]:.3g}</text><text x="360" y="106" text-anchor="end">{edges[-1]:.3g}</text>'
+    return (f'<figure><figcaption>{title}, {unit}; median {np.median(values):.3g}</figcaption>'
+            f'<svg viewBox="0 0 360 110">{bars}{scale}</svg></figure>')  # fmt: skip
+
+
+def contact_strip(out, row, count, shown=4):
+    """Frames of a clip side by side as an <img>, or why there is none."""
+    try:
+        if "image" in row:
+            frames = [read_picture(out / row["image"])]
+        elif "start" in row:
+            wanted = {int(k) for k in np.linspace(0, count - 1, shown)}
+            span = read_span(out / row["video"], row["fps"], row["start"], count)
+            frames = [frame for k, frame in enumerate(span) if k in wanted]
+        else:
+            return "<i>no picture</i>"
+    except (Refused, UserError) as error:
+        return f"<i>no picture: {html.escape(str(error))}</i>"
+    if "size" in row:
+        frames = [Image.fromarray(crop_and_fit(frame, row["size"], row.get("crop"))) for frame in frames]
+    for frame in frames:
+        frame.thumbnail((240, 120))
+    strip = Image.new("RGB", (sum(frame.width + 2 for frame in frames), max(frame.height for frame in frames)))
+    for k, frame in enumerate(frames):
+        strip.paste(frame, (sum(f.width + 2 for f in frames[:k]), 0))
+    jpeg = io.BytesIO()
+    strip.save(jpeg, "JPEG", quality=80)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
+
+
+def write_report(out, kept, refused, options):
+    """report.html: counts, how the kept clips' figures are spread, and contact sheets; nothing outside the file."""
+
+    def sheet(rows, text):
+        return "".join(f"<div>{contact_strip(out, row, options.frames)}<p>{html.escape(text(row))}</p></div>"
+                       for row in rows)  # fmt: skip
+
+    def some(rows, most):
+        return [rows[k] for k in sorted({int(k) for k in np.linspace(0, len(rows) - 1, min(most, len(rows)))})]
+
+    by_kind = {}
+    for row in refused:
+        by_kind.setdefault(row["kind"], []).append(row)
+    by_kind = dict(sorted(by_kind.items(), key=lambda item: -len(item[1])))
+    splits = Counter(row["split"] for row in kept)
+    counts = [*((f"kept, {name}", splits[name], "") for name in SPLITS),
+              *((f"refused: {kind}", len(rows), rows[0]["reason"]) for kind, rows in by_kind.items())]  # fmt: skip
+    figures = dict(face_960=("largest face", "px at 960p"), coverage=("frames with a face", "share"),
+                   travel=("travel of the face", "its own sizes"), agreement=("agreement of the pool", "mean cosine"),
+                   motion=("change from frame to frame", "levels"), sharpness=("sharpness", "levels"))  # fmt: skip
+    page = string.Template((Path(__file__).parent / "templates/data.html").read_text())
+    text = page.substitute(
+        model=options.model,
+        filters=f"{options.frames} frames at {CONFIGS[options.model].fps} a second; a largest face of at most "
+                f"{options.max_face:g} px at 960p; a face in {options.coverage:.0%} of the frames; "
+                f"at most {options.people} person(s); "
+                + (f"occlusion judged by {options.vlm_model}" if options.vlm else "occlusion not judged (--vlm)"),
+        counts="".join(f"<tr><td>{a}</td><td>{n}</td><td>{html.escape(text)}</td></tr>" for a, n, text in counts),
+        histograms="".join(histogram([r[k] for r in kept], *title) for k, title in figures.items()) if kept else "",
+        kept=sheet(some(kept, 24), lambda row: f"{row['clip']}: {row['caption']} ({row['face_960']:.0f} px)"),
+        refused="".join(f"<h3>{kind}</h3>" + sheet(some(rows, 4), lambda row: f"{row['clip']}: {row['reason']}")
+                        for kind, rows in by_kind.items()),
+    )  # fmt: skip
+    write_text(out / "report.html", text)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many files, several processes, and going on after a kill: a file's lines are appended to parts/ when its cache files
+# are written; when every file has its lines, they are put in order as index.jsonl and rejected.jsonl.
+
+
+def write_text(path, text):
+    """Write a text file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+    part.replace(path)
+
+
+def check_options(options):
+    """The preset as it is used here; defaults are filled in. UserError for options that cannot work."""
+    preset = find_preset(options.model, options.ckpt)
+    if not options.out:
+        raise UserError("--out DIR is needed: the folder to make")
+    if options.frames is None:
+        options.frames = preset.frames
+    if options.max_face is None:
+        options.max_face = 750.0 if preset.folder else 100.0  # tiny: 100 px of its frames of 128
+    if options.vlm_captions and not options.vlm:
+        raise UserError("--vlm_captions: needs --vlm URL, who writes them")
+    options.size = options.size or preset.size
+    latent_size(preset, options.frames, options.size)
+    return dataclasses.replace(preset, size=tuple(options.size))
+
+
+def named_splits(items):
+    """Do the names of items say their split, by train/ and heldout/? UserError where some do and others do not."""
+    stray = [item for item in items if item.name.split("/")[0] not in SPLITS]
+    if stray and len(stray) < len(items):
+        raise UserError(f"{stray[0].path}: is in none of the sub-folders {' and '.join(SPLITS)}, others are; move it")
+    return not stray
+
+
+def check_out(out, options):
+    """UserError where a folder cannot be made, or what was begun in it not be gone on with."""
+    if not (out / "options.json").is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out}: exists and is not empty; name another folder")
+        return
+    with contextlib.suppress(ValueError):  # a kill cut it short: nothing else was begun
+        begun, now = json.loads((out / "options.json").read_text()), options_of_set(options)
+        changed = [k for k in now if begun.get(k, now[k]) != now[k]]
+        if changed and read_parts(out):
+            k = changed[0]
+            raise UserError(f"--out {out}: begun with --{k} {begun[k]}, not {now[k]}; name another folder")
+
+
+def options_of_set(options):
+    """The options that decide what the set holds, as options.json has them."""
+    others = ("clips", "out", "faces", "workers", "vlm", "vlm_timeout", "split")
+    values = {name: value for name, value in dataclasses.asdict(options).items() if name not in others}
+    return values | dict(size=list(options.size))
+
+
+def read_parts(out):
+    """What is done so far: of each file, by its name, its lines (kept, refused)."""
+    done = {}
+    for name, place in (("index.jsonl", 0), ("rejected.jsonl", 1)):
+        for row in read_rows(out / name) if (out / name).is_file() else ():
+            done.setdefault(row["file"], ([], []))[place].append(row)
+    for path in sorted((out / "parts").glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut short: its file is prepared again
+                file, kept, refused = json.loads(line)
+                done[file] = kept, refused
+    return done
+
+
+worker = None  # of a process that prepares files: (networks, options, preset)
+
+
+def start_worker(options, preset, threads):
+    """Load the networks of this process. One that --workers started ends with the process that started it."""
+    global worker
+    torch.set_num_threads(threads)
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    worker = Networks(options, device), options, preset
+
+
+def prepare_item(item, *start):
+    """Prepare an item: its lines (kept, refused), or the text of Unanswered; and seconds and frames of each stage."""
+    if worker is None:
+        start_worker(*start)
+    networks, options, preset = worker
+    try:
+        lines = prepare_file(networks, item, options, preset)
+    except Unanswered as problem:
+        lines = str(problem)
+    spent = networks.seconds, networks.frames
+    networks.seconds, networks.frames = Counter(), Counter()
+    return lines, *spent
+
+
+def prepare_all(items, options, preset):
+    """Yield (item, what `prepare_item` returns) as items are finished, by --workers processes."""
+    threads = max(1, torch.get_num_threads() // options.workers)
+    if options.workers == 1:
+        for item in items:
+            yield item, prepare_item(item, options, preset, threads)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, spawn) as pool:
+        futures = {pool.submit(prepare_item, item, options, preset, threads): item for item in items}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError("a worker was killed (by a lack of memory?); run it again with fewer --workers") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def finish(out, items, options, named):
+    """index.jsonl, rejected.jsonl and report.html from all files' lines; what else is in cache/ is removed."""
+    done = read_parts(out)
+    files = [done[item.name] for item in items if item.name in done]
+    kept = [row for rows, _ in files for row in rows]
+    refused = [row for _, rows in files for row in rows]
+    order = sorted({row["file"] for row in kept}, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    count = min(max(1, round(options.split * len(order))), len(order) - 1) if options.split else 0
+    held = order if options.pairs else order[: max(count, 0)]
+    for row in kept:  # all clips of a file on one side
+        row["split"] = row["clip"].split("/")[0] if named else SPLITS[row["file"] in held]
+    names = {row["cache"] for row in kept}
+    for path in [p for p in (out / "cache").rglob("*") if p.is_file() and str(p.relative_to(out)) not in names]:
+        path.unlink()
+    for name, rows in (("rejected.jsonl", refused), ("index.jsonl", kept)):
+        write_text(out / name, "".join(json.dumps(row) + "\n" for row in rows))
+    write_report(out, kept, refused, options)
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    return kept, refused
+
+
+def write_options(out, options):
+    """Write options.json; returns it open and locked until this process ends. UserError where it is locked already."""
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    lock = open(out / "options.json", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"--out {out}: another data.py is at work on it") from None
+    lock.seek(0)
+    text = json.dumps(options_of_set(options), indent=1) + "\n"
+    if lock.read() != text:
+        lock.truncate(0)
+        lock.write(text)
+        lock.flush()
+    return lock
+
+
+def prepare_files(todo, out, options, preset, rank, made_with):
+    """Prepare files and append their lines to parts/. Returns seconds and frames a stage, and how many --vlm did not
+    answer. made_with: the face encoder's fingerprint in what is done, in a list, empty if nothing is."""
+    seconds, frames, unanswered, failures = Counter(), Counter(), 0, 0
+    with open(out / f"parts/{rank}.jsonl", "a") as part:
+        part.write("\n")  # after a line that a kill may have cut short
+        finished = prepare_all(todo, options, preset)
+        for item, (lines, spent, count) in tqdm(finished, desc="files", total=len(todo), disable=rank > 0):
+            seconds, frames = seconds + spent, frames + count
+            if isinstance(lines, str):
+                unanswered, failures = unanswered + 1, failures + 1
+                if failures == 3:
+                    raise UserError(f"{lines} (three files in a row); what is done is kept: run it again to go on")
+                continue
+            failures, new = 0, [line["encoder"] for line in lines[0]]
+            made_with = made_with or new[:1]
+            if new and not same_encoder(made_with[0], new[0]):
+                raise UserError(f"--faces {options.faces}: not the network that {out} was begun with")
+            part.write(json.dumps([item.name, *lines]) + "\n")
+            part.flush()
+    return seconds, frames, unanswered
 
 
 def main():
     options = parse_options(DataOptions, doc=__doc__, positional=("clips",))
-    source, out = Path(options.clips), Path(options.out)
-    if not options.out:
-        raise UserError("--out DIR is needed: the folder to make")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists and is not empty; name another folder")
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"))
-    if not files:
-        raise UserError(f"{source}: no video in it (.mp4, .mov, .mkv, .webm, .avi)")
-    preset = find_preset(options.model, options.ckpt)
-    frames, size = preset.frames if options.frames is None else options.frames, options.size or preset.size
-    latent_size(preset, frames, size)
-    stray = [p for p in files if p.relative_to(source).parts[0] not in SPLITS]
-    named = len(stray) < len(files)
-    if named and stray:
-        raise UserError(f"{source}: has {' or '.join(SPLITS)} sub-folders, but {stray[0]} is in neither; move it")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wan = load_model(options.model, options.ckpt, device)
-    reward = None if options.latents else FaceReward.from_folder(options.faces, device, tiled=options.tiled)
-    if reward is not None:
-        print(f"face detector on {reward.detector.provider}")
-    held = set(np.random.default_rng(0).permutation(len(files))[: round(options.split * len(files))])
-    (out / "cache").mkdir(parents=True)
-    kept = 0
-    with open(out / "index.part", "w") as index, open(out / "rejected.jsonl", "w") as rejected:
-        for i, path in enumerate(tqdm(files, desc="clips")):
-            name = path.relative_to(source).with_suffix("")
-            try:
-                row, tensors = prepare(wan, reward, path, options, frames, size)
-            except Refused as reason:
-                print(
-                    json.dumps(dict(clip=str(path.relative_to(source)), reason=str(reason))), file=rejected, flush=True
-                )
-                continue
-            split = name.parts[0] if named else SPLITS[i in held]
-            cache = Path("cache") / ("_".join(name.parts) + ".safetensors")
-            if (out / cache).exists():  # of a/b_c.mp4 and a_b/c.mp4, of x.mp4 and x.mov
-                cache = cache.with_stem(f"{cache.stem}_{i}")
-            write_safetensors(tensors, out / cache)
-            where = dict(clip=str(name), split=split, video=os.path.relpath(path, out), cache=str(cache))
-            print(json.dumps(where | row), file=index, flush=True)
-            kept += 1
-    (out / "index.part").replace(out / "index.jsonl")
-    print(f"{out}: {kept} clips kept, {len(files) - kept} refused (reasons in {out / 'rejected.jsonl'})")
+    preset, out = check_options(options), Path(options.out)
+    check_out(out, options)
+    items = list_items(options.clips, options.pairs)
+    named = named_splits(items)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if options.workers == 1:  # before anything is written: weights may be missing
+        start_worker(options, preset, torch.get_num_threads())
+    if ranks > 1:  # a rank may wait long for the others at the end
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    if rank == 0:
+        lock = write_options(out, options)
+    if ranks > 1:
+        dist.barrier()
+    began, done = time.perf_counter(), read_parts(out)
+    todo = [item for item in items[rank::ranks] if item.name not in done]
+    if rank == 0:
+        height, width = preset.size
+        print(f"largest face: {options.max_face:g} px at 960p, {options.max_face * min(preset.size) / 960:.1f} px of "
+              f"{width}x{height}")  # fmt: skip
+    if done and rank == 0:
+        print(f"{out}: begun before, {len(done)} of {len(items)} files are done")
+    made_with = [row["encoder"] for kept, _ in done.values() for row in kept][:1]
+    figures = prepare_files(todo, out, options, preset, rank, made_with)
+    if ranks > 1:
+        every = [None] * ranks
+        dist.all_gather_object(every, figures)
+        figures = [sum(values[1:], values[0]) for values in zip(*every)]
+        dist.destroy_process_group()
+    if rank > 0:
+        return
+    seconds, frames, unanswered = figures
+    for stage, spent in seconds.items():
+        print(f"{stage}: {frames[stage]} frames in {spent:.1f} s, {frames[stage] / spent:.1f} a second")
+    kept, refused = finish(out, items, options, named)
+    lock.close()
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(row["kind"] for row in refused).most_common())
+    print(f"{out}: {len(items)} files in {time.perf_counter() - began:.0f} s, {len(kept)} clips kept, {len(refused)} "
+          f"refused{f' ({kinds})' if kinds else ''}; look at {out / 'report.html'}")  # fmt: skip
+    if unanswered:
+        print(f"{unanswered} files are still to do, since --vlm did not answer: run it again")
     if not kept:
-        raise UserError(f"no clip of {source} passed the filters; see {out / 'rejected.jsonl'}")
+        raise UserError(f"no clip of {options.clips} passed the filters; see {out / 'rejected.jsonl'}")
+    if not options.pairs and not any(row["split"] == "heldout" for row in kept):
+        print("nothing is held out, which train.py wants to measure by: add videos of other people, or put some into a "
+              "folder CLIPS/heldout and the others into CLIPS/train")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ class PlannedWan:
         frozen = {name: sum(p.nbytes for p in getattr(self, name).parameters() if not p.requires_grad)
                   for name in ("dit", "vae")}  # fmt: skip
         self.meter.add(sum(frozen[name] for name in self.resting))
-        self.resting = [name for name in frozen if name != part and self.offload]
+        at_work = "dit" if part == "tuned" else part
+        self.resting = [name for name in frozen if name != at_work and self.offload]
         self.meter.add(-sum(frozen[name] for name in self.resting))
 
 
@@ -156,7 +157,7 @@ def straight_step(tuning, batch, noise):
         x, loss = rollout(wan.dit, noise, first, context, sigma, options.window, y)[0], 0
     with record_function("window"):
         for i in range(options.sampling_steps - options.window, options.sampling_steps):
-            v = velocity(tuning.model, x, sigma[i], context, y)
+            v = velocity(tuning.tuned, x, sigma[i], context, y)
             with torch.no_grad():
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)
             loss = loss + options.kl_weight * velocity_kl(v, v_ref, float(sigma[i])).sum() / options.window

@@ -1,12 +1,12 @@
 """The face reward of IPRO (arXiv 2510.14255): the facial scoring mechanism, the velocity KL, and what they need.
 
-`face_score` and `velocity_kl` are the method; `FaceReward` gathers the faces that they compare: detect, align, embed.
+`face_score` and `velocity_kl` are the method; `FaceReward` gathers the faces that are scored: detect, align, embed.
 Detection is not differentiated, it says where the faces are. From the pixels under the landmarks on, all is: one
 `grid_sample` takes every face from its full frame straight to ArcFace's 112x112 crop, and a frozen IResNet embeds it.
 
 What is unusual: the score compares each generated face with ALL faces of the true clip, not with the input picture, so
-that a turned head is compared with turned heads too. Left out: the weights omega' of the paper's KL are not published;
-here they are those of its official code (ROLL, reward_fl).
+that a turned head is compared with turned heads too. The weights omega' of the paper's KL are not published; here they
+are those of its official code (ROLL, reward_fl).
 
 All of it is fp32, RGB and [-1, 1]; points are (x, y) pixels, and an integer coordinate is a pixel's centre. Sources of
 behaviour: InsightFace's SCRFD and face_align (python-package), arcface_torch's iresnet.
@@ -31,29 +31,29 @@ from weights import iresnet_from_onnx, open_pickle, open_safetensors
 
 
 def face_score(embeddings, mask, pool, pool_mask, fsm="pool"):
-    """The facial scoring mechanism: how much P people's generated faces are their true ones, R [P] in [-1, 1].
+    """The facial scoring mechanism: how alike P people's generated and true faces are, R [P] in [-1, 1].
 
-    embeddings [P, F', D] of generated frames, mask [P, F'] true where a frame shows the face; pool [P, F, D] and
-    pool_mask [P, F], the true clip's. With phi the face encoder, over the frames that show a face,
+    embeddings [P, F, D] of generated frames, mask [P, F] true where a frame shows the face; pool [P, J, D] and
+    pool_mask [P, J], the true clip's. Over the frames that show a face, with phi the face encoder,
 
         s_i = mean_j cos(phi(x^_i), phi(x_j)),        R = mean_i s_i        (the paper's FSM)
 
     fsm: "pool" compares with all true frames; "first" with the first of them that shows the face; "aligned" with the
-    true frame of the same time. Who has nothing to compare scores 0, with gradient 0. Raises ValueError for another
-    fsm, and for "aligned" where F' is not F.
+    true frame of the same time. A person with nothing to compare scores 0, with gradient 0. Raises ValueError for
+    another fsm, and for "aligned" where F is not J.
     """
-    compared = compared_pairs(mask, pool_mask, fsm)  # [P, F', F]
+    compared = compared_pairs(mask, pool_mask, fsm)  # [P, F, J]
     # zeroed first: what stands in a faceless frame reaches neither the score nor its gradient
     x = F.normalize(embeddings.masked_fill(~mask[..., None], 0), dim=-1)
     y = F.normalize(pool.masked_fill(~pool_mask[..., None], 0), dim=-1)
-    cosine = x @ y.mT  # [P, F', F]
-    s = (cosine * compared).sum(-1) / compared.sum(-1).clamp(min=1)  # [P, F']
+    cosine = x @ y.mT  # [P, F, J]
+    s = (cosine * compared).sum(-1) / compared.sum(-1).clamp(min=1)  # s_i, [P, F]
     scored = compared.any(-1)
-    return (s * scored).sum(-1) / scored.sum(-1).clamp(min=1)
+    return (s * scored).sum(-1) / scored.sum(-1).clamp(min=1)  # R
 
 
 def compared_pairs(mask, pool_mask, fsm="pool"):
-    """Which generated frame i is compared with which true frame j: bool [P, F', F], of mask [P, F'], pool_mask [P, F].
+    """Which generated frame i is compared with which true frame j: bool [P, F, J], of mask [P, F], pool_mask [P, J].
 
     fsm and errors: `face_score`'s.
     """
@@ -78,14 +78,15 @@ def velocity_kl(v, v_ref, sigma, free=slice(1, None)):
     (default: all but the first, which image-to-video pins). A mean, so that its weight means the same at every size,
     taken in fp32 at least.
 
-    Why it is a KL: make the sampler's ODE the SDE dx = v dsigma + sigma dW, with as much noise as the latent holds. A
-    step of length dt is then a draw from N(x - dt v, sigma² dt), and two such Gaussians differ by
+    Why it is a KL: make the sampler's ODE the SDE dx = v dsigma + sigma dW, whose diffusion is the noise that the
+    latent holds. A step of length dt is then a draw from N(x - dt v, sigma² dt), and two such Gaussians differ by
     dt |v - v_ref|² / (2 sigma²) an element; summed over the steps this is the KL of the two samplers' paths (Girsanov's
     theorem as dt -> 0). omega' is that per unit of time, so that every step counts alike, as in the official code.
 
-    Which gradient a step takes: v is differentiated through x_i as well, v_ref is not. That is the official code's way,
-    and neither the whole chain's gradient (which would differentiate v_ref's x_i too) nor that of a KL at a fixed x_i;
-    either of those needs a second backward pass through every step of the window, and neither tunes measurably better
+    Which gradient a training step takes: v is differentiated through x_i as well, so that this term's gradient joins
+    the reward's on its way to earlier steps; v_ref is a constant. That is the official code's way, and neither the
+    whole chain's gradient (which would differentiate v_ref's x_i too) nor that of a KL at a fixed x_i; either of those
+    needs a second backward pass through every step of the window, and neither tunes measurably better
     (docs/results.md).
     """
     wide = torch.promote_types(v.dtype, torch.float32)
@@ -220,8 +221,8 @@ class FaceDetector:
         return x, h / height
 
     def detect_tiles(self, frames, zoom):
-        """For each frame, the Faces of each of its tiles, in the frame's pixels: those that are whole there, for half
-        a face at a tile's edge is another tile's, or the first pass's."""
+        """For each frame, the Faces of each of its tiles, in the frame's pixels: those that are whole there: a face
+        that a tile's edge cuts is whole in another tile, or in the first pass."""
         sides = frames.shape[2:]
         scale = zoom * min(s / n for n, s in zip(sides, self.size))
         spans = [min(n, int(s / scale)) for n, s in zip(sides, self.size)]  # a tile's height and width
@@ -233,7 +234,7 @@ class FaceDetector:
         for y in starts[0]:
             for x in starts[1]:
                 corner, end = torch.tensor([x, y]), torch.tensor([x + spans[1], y + spans[0]])
-                low = torch.where(corner > 0, corner + 2 / scale, -torch.inf)  # where the frame ends, faces may too
+                low = torch.where(corner > 0, corner + 2 / scale, -torch.inf)  # at the frame's border a cut face stays
                 high = torch.where(end < torch.tensor(sides[::-1]), end - 2 / scale, torch.inf)
                 for i, f in enumerate(self.detect(frames[:, :, y : y + spans[0], x : x + spans[1]])):
                     f = Faces(f.boxes + corner.repeat(2), f.scores, f.landmarks + corner)
@@ -629,8 +630,9 @@ class FaceReward:
         faces = {name: torch.cat([getattr(f, name) for f in detections]).to(frames.device)
                  for name in ("boxes", "landmarks")}  # fmt: skip
         crops = align(frames, faces["landmarks"], place, self.encoder.size)
-        # in parts: what passes through the encoder for a moment is larger than what it keeps for the backward pass
-        embeddings = torch.cat([self.encoder(part) for part in crops.split(16)])  # of no face too: gradient 0
+        # in parts: what passes through the encoder for a moment is larger than what it keeps for the backward pass;
+        # of an empty batch too, so that a clip without a face has a graph and a gradient of 0
+        embeddings = torch.cat([self.encoder(part) for part in crops.split(16)])
         return place, faces | dict(embeddings=embeddings), count
 
     def detect_and_embed(self, video, anchors=None):
@@ -687,7 +689,7 @@ class FaceReward:
             first = pool_mask.long().argmax(-1)[..., None, None].expand(-1, -1, 1, pool.shape[-1])
             anchors = pool.gather(2, first)[:, :, 0] * pool_mask.any(-1, keepdim=True)  # [B, P, D]
         found = self.detect_and_embed(video, anchors)
-        if not self.pool_first and fsm != "first":  # which compares with nothing else
+        if not self.pool_first and fsm != "first":  # which compares with frame 0 only
             pool_mask = pool_mask & (torch.arange(pool_mask.shape[-1], device=pool_mask.device) > 0)
         embeddings, mask = found["embeddings"], found["mask"]
         if anchors is not None:

@@ -2,11 +2,12 @@
 
     python sample.py --image face.png --prompt "a woman turns left and smiles" --out clip.mp4
 
-A clip solves dx/dsigma = v(x, t) from noise (sigma = 1) to data (sigma = 0), with t = 1000 sigma. What is unusual:
+Sampling solves dx/dsigma = v(x, t) from noise (sigma = 1) to data (sigma = 0), with t = 1000 sigma: by Euler steps, as
+in training, by UniPC, Wan's own, or, where a model was distilled so, by noising its prediction again. What is unusual:
 latent frame 0 holds the given picture: its timestep is 0, and it is written back after every step, the last one
-included. The gradient at the final latent goes back through the last K of N steps only (IPRO, arXiv 2510.14255,
-section 3; DRaFT's truncation, arXiv 2309.17400), one step's graph at a time: exactly the truncated chain's gradient,
-with the memory of one step whatever K is.
+included (A14B has the picture as further channels, y, instead). A gradient at the final latent goes back through the
+last K of N steps only (IPRO, arXiv 2510.14255, section 3; DRaFT's truncation, arXiv 2309.17400), one step's graph at a
+time: exactly the truncated chain's gradient, with the memory of one step whatever K is.
 """
 
 import functools
@@ -94,20 +95,20 @@ def window_backward(dit, latents, sigma, context, grad, y=None, fresh=None):
     latents: `rollout`'s x_{N-K} .. x_N; sigma, context, y and fresh as there. A generator: for i = N-1 .. N-K it yields
     (i, x_i, v_i, loss_i) with
 
-        loss_i = <g_{i+1}, x_{i+1}(x_i, v_i)>,    g_N = grad,    g_i = d loss_i / dx_i,
+        loss_i = <g_{i+1}, x_{i+1}(x_i, v_i)>,    g_N = grad,
 
-    where x_{i+1} is `advance`'s: by Euler x_i + (sigma_{i+1} - sigma_i) v_i. The caller adds to loss_i what step i is
-    charged for besides (the velocity KL) and calls backward() on it: that accumulates the step's part in the
-    parameters and leaves g_i in x_i.grad. A given frame passes nothing back, since the next latent does not depend on
-    it; neither does fresh noise, which is constant.
+    where x_{i+1} is `advance`'s: by Euler x_i + (sigma_{i+1} - sigma_i) v_i. The caller adds step i's own penalty (the
+    velocity KL) to loss_i and calls backward() on the sum: that accumulates the step's part in the parameters and
+    leaves g_i, the sum's gradient at x_i, in x_i.grad. A given frame passes nothing back, since the next latent does
+    not depend on it; neither does fresh noise, which is constant.
     """
     last = len(sigma) - 1
     for i in range(last - 1, last - len(latents), -1):
-        grad = pin(grad, None if y is not None else torch.zeros_like(grad[:, :, :1]))
+        grad = pin(grad, None if y is not None else torch.zeros_like(grad[:, :, :1]))  # frame 0 is written over
         x = latents[i - last - 1].detach().requires_grad_()
         v = velocity(dit, x, sigma[i], context, y)
         yield i, x, v, (grad * advance(x, v, sigma[i], sigma[i + 1], fresh and fresh[i])).sum()
-        grad = x.grad
+        grad = x.grad  # the caller's backward() has left it there
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def window_backward(dit, latents, sigma, context, grad, y=None, fresh=None):
 
 def noise_like(shape, *seed):
     """Standard normal noise of a shape that depends on the integers `seed` only, not on device or batch."""
-    entropy = np.random.SeedSequence((len(seed), *seed))  # their number first, since numpy takes (1, 0) for (1)
+    entropy = np.random.SeedSequence((len(seed), *seed))  # their number first: to numpy (1,) and (1, 0) are alike
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
     return torch.randn(shape, generator=generator)
 

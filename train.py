@@ -5,12 +5,12 @@
     python train.py --resume                                          goes on with the run in --out
 
 The method is `ipro_step`, below. What is unusual: the reward's gradient is computed in two pieces that meet at the
-final latent, so that the decoder's graph and the sampler's are never alive together, and the sampler's is alive one
-step at a time. What was left out of the paper: its in-house data and its 15 B model.
+final latent, so that the decoder's graph and the sampler's are never alive together, and of the sampler's graph only
+one step is alive. What was left out of the paper: its in-house data and its 15 B model.
 
 A LoRA is tuned by plain data parallelism (gradients are summed over the ranks once a step), all weights
 (--lora_rank 0) under FSDP2. In --out: options.json, log.jsonl (a line a step), curves.png, checkpoints/, watch/,
-lora.safetensors, before_after.mp4.
+lora.safetensors (of all weights dit.safetensors), before_after.mp4; tensorboard/ where that is installed.
 """
 
 import dataclasses
@@ -62,7 +62,9 @@ from sample import (
 )
 from weights import find_preset, load_model, parse_loras, save_lora, write_safetensors
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process is no fault
+# DCP warns where one process saves alone, which is meant; FSDP2 where a block returns a view, which nothing changes
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,49 +74,50 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning) 
 def ipro_step(tuning, batch, noise, fresh=None):
     """Accumulate the gradient of  -w_R mean R + w_KL mean KL  over a micro-batch (the paper's figure 2).
 
-    tuning: a `Tuning`; batch: `Clips.batch`; noise [B, C, F', h, w]; fresh: of a renoise sampler, `fresh_noise`. Means
-    are over all samples of the step, so that the gradients of its micro-batches and ranks are summed. A sample that
-    shows no face adds its KL only. Returns a row of the log for each sample.
+    tuning: a `Tuning`; batch: `Clips.batch`; noise [B, C, F', h, w]; fresh: `fresh_noise` for a renoise sampler, None
+    for Euler. Every loss is divided by the step's whole batch, so the gradients of its micro-batches and ranks are
+    summed, never averaged. A sample that shows no face adds its KL only. Returns a record for the log of each sample.
     """
     options, wan, sigma = tuning.options, tuning.wan, tuning.sigma
-    first, y, context = batch.get("first"), batch.get("y"), batch["context"]
+    first, y, context = batch.get("first"), batch.get("y"), batch["context"]  # y: A14B's, instead of first
 
+    # (plan.py reads the names of the ranges.)
     # 1. Sample on-policy from noise, N steps without gradient; keep x_{N-K} .. x_N.
     with record_function("rollout"):
         wan.at_work("dit")
         latents = rollout(wan.dit, noise, first, context, sigma, options.window, y, fresh=fresh)
 
-    # 2. Decode x_N and score its faces against all faces of the true clip (FSM):  g = d(-w_R R)/dx_N.
-    #    The graphs of the decoder and the face networks end here.
+    # 2. Decode x_N and score its faces against all faces of the true clip, R by the facial scoring mechanism (FSM).
     with record_function("decode"):
         wan.at_work("vae")
-        x = latents[-1].requires_grad_()
-        video = wan.vae.decode(x, options.decode_frames or None, tuning.face_window)  # [B, 3, F, H, W] in [-1, 1]
+        x_N = latents[-1].requires_grad_()
+        video = wan.vae.decode(x_N, options.decode_frames or None, tuning.face_window)  # [B, 3, F, H, W] in [-1, 1]
         reward, faces = tuning.reward.score(video, *tuning.pool(batch), options.fsm)  # [B]
-        (grad,) = torch.autograd.grad(-options.reward_weight * reward.sum() / options.batch, x)
-        rows = tuning.log_rows(batch, video.detach(), reward.detach(), faces)
-        del video
+        # g = d(-w_R R)/dx_N: the graphs of the decoder and the face networks end here
+        (grad,) = torch.autograd.grad(-options.reward_weight * reward.sum() / options.batch, x_N)
+        records = tuning.records(batch, video.detach(), reward.detach(), faces)
+        del video, reward, faces  # and with them all that their graphs still hold
 
     # 3. Send g back through the last K steps, one step's graph at a time, and charge each for its velocity KL.
     with record_function("window"):
-        wan.at_work("dit")
-        for i, x, v, loss in window_backward(tuning.model, latents, sigma, context, grad, y, fresh):
-            with torch.no_grad(), lora_disabled(tuning.reference):
+        wan.at_work("tuned")
+        for i, x, v, loss in window_backward(tuning.tuned, latents, sigma, context, grad, y, fresh):
+            with torch.no_grad(), lora_disabled(tuning.reference):  # a frozen copy has no LoRA to switch off
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)
-            kl = velocity_kl(v, v_ref, float(sigma[i]), tuning.free_frames) / options.window  # [B]
-            (loss + options.kl_weight * kl.sum() / options.batch).backward()
-            for row, value in zip(rows, kl.tolist()):
-                row["kl"] += value
-    return rows
+            kl = velocity_kl(v, v_ref, float(sigma[i]), tuning.sampled_frames) / options.window  # [B]
+            (loss + options.kl_weight * kl.sum() / options.batch).backward()  # leaves the next step's g in x.grad
+            for record, value in zip(records, kl.tolist()):
+                record["kl"] += value
+    return records
 
 
 @dataclass
 class Tuning:
-    """What a step works with."""
+    """The networks, the reward and the schedule of a run."""
 
     wan: Any  # weights.Wan: dit, vae
-    model: torch.nn.Module  # the transformer (A14B: the low-noise expert) whose weights or LoRA are tuned
-    reference: torch.nn.Module  # the untuned one: `model` with its LoRA off, or a frozen copy
+    tuned: torch.nn.Module  # the transformer (A14B: the low-noise expert) whose weights or LoRA are tuned
+    reference: torch.nn.Module  # the untuned one: `tuned` with its LoRA off, or a frozen copy
     options: Any  # TrainOptions
     sigma: torch.Tensor  # [N+1]
     reward: FaceReward
@@ -122,70 +125,70 @@ class Tuning:
 
     @property
     def face_window(self):
-        """Latent cells around the faces that the decoder's gradient is kept in; None: all."""
+        """Margin in latent cells of the box around faces that the decoder is differentiated in; None: everywhere."""
         return None if self.options.face_window < 0 else self.options.face_window
 
     @property
-    def free_frames(self):
+    def sampled_frames(self):
         """The latent frames that are sampled: all but the given first; A14B samples all."""
         return slice(1 if self.wan.preset.boundary is None else 0, None)
 
     def pool(self, batch):
-        """The true clips' embeddings and mask: of the largest face, or of all people."""
+        """The true clips' embeddings and mask: of one person (of several, the one seen most), or of all people."""
         if self.options.people == "largest" and batch["pool"].dim() == 4:
             return batch["pool"][:, 0], batch["pool_mask"][:, 0]
         return batch["pool"], batch["pool_mask"]
 
-    def log_rows(self, batch, video, reward, faces):
+    def records(self, batch, video, reward, faces):
         """What is logged of each sample of a micro-batch, as dicts; a reward is None where no face was seen."""
-        rows = []
+        records = []
         for b, row in enumerate(batch["row"]):
-            clip, seen = video[b : b + 1], {name: value[b : b + 1] for name, value in faces.items()}
-            watched = clip_metrics(clip, seen)
-            missing = int(seen["missing"])
-            rows.append(dict(reward=None if missing else float(reward[b]), missing=missing, kl=0.0,
-                             **{name: watched[name] for name in ("face_rate", "motion", "tf")}))  # fmt: skip
+            clip, found = video[b : b + 1], {name: value[b : b + 1] for name, value in faces.items()}
+            metrics, missing = clip_metrics(clip, found), int(found["missing"])
+            records.append(dict(reward=None if missing else float(reward[b]), missing=missing, kl=0.0,
+                                **{name: metrics[name] for name in ("face_rate", "motion", "tf")}))  # fmt: skip
             if self.judge is not None:
-                rows[-1]["judge"] = self.judge.score(row, clip)
-        return rows
+                records[-1]["judge"] = self.judge.score(row, clip)
+        return records
 
 
 def optimisation_step(tuning, clips, step, micro_batches, optimizer):
     """One step of all ranks on their micro-batches; returns its line of the log.
 
-    The data, the noise and so the gradient depend on seed and step alone, not on the ranks. Where a reward, a loss or a
-    gradient is not finite on any rank, none of them steps: the line says `skipped`.
+    A sample's clip and noise, and so the step's gradient, depend on seed, step and the sample's number alone, not on
+    the ranks. Where a reward, a loss or a gradient is not finite on any rank, none steps: the line says `skipped`.
     """
-    options, rows = tuning.options, []
-    for numbers in micro_batches:
-        batch = batch_at(clips, options, step, numbers)
-        shape = clips.latent_shape(tuning.wan.preset, batch["row"][0])
-        seeds, fresh = [(options.seed, step, k) for k in numbers], None
+    options, records = tuning.options, []
+    for samples in micro_batches:
+        batch = batch_at(clips, options, step, samples)
+        shape = clips.latent_shape(tuning.wan.preset, batch["row"][0])  # clips of a micro-batch are of one size
+        seeds = [(options.seed, step, k) for k in samples]
         noise = torch.stack([noise_like(shape, *seed) for seed in seeds]).to(clips.device)
+        fresh = None
         if options.solver == "renoise":
             fresh = fresh_noise(noise.shape, options.sampling_steps, *seeds, device=clips.device)
-        rows += ipro_step(tuning, batch, noise, fresh)
-    parameters = [p for p in tuning.model.parameters() if p.requires_grad]
-    if dist.is_initialized() and not isinstance(tuning.model, FSDPModule):  # which has summed its own
+        records += ipro_step(tuning, batch, noise, fresh)
+    parameters = [p for p in tuning.tuned.parameters() if p.requires_grad]
+    if dist.is_initialized() and not isinstance(tuning.tuned, FSDPModule):  # FSDP2 has summed over the ranks already
         for p in parameters:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    rows = gathered(rows)
-    finite = bool(np.isfinite([norm, *(v for row in rows for v in row.values() if v is not None)]).all())
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2's is a DTensor
+    records = gathered(records)
+    finite = bool(np.isfinite([norm, *(v for record in records for v in record.values() if v is not None)]).all())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(options, step)
     if finite:
         optimizer.step()
     optimizer.zero_grad()
-    line = {name: value for name, value in mean_metrics(rows).items() if name != "missing"}
-    return line | dict(missing=sum(row["missing"] for row in rows), grad_norm=norm, skipped=not finite)
+    line = {name: value for name, value in mean_metrics(records).items() if name != "missing"}
+    return line | dict(missing=sum(record["missing"] for record in records), grad_norm=norm, skipped=not finite)
 
 
-def batch_at(clips, options, step, numbers):
-    """Samples `numbers` of a step: a permutation an epoch, by seed, step and number only, whatever the ranks are."""
+def batch_at(clips, options, step, samples):
+    """The batch of the samples of these numbers, of a step: a permutation of the clips an epoch, by the seed."""
     rows = []
-    for k in numbers:
+    for k in samples:
         epoch, place = divmod(step * options.batch + k, len(clips))
         rows.append(int(np.random.default_rng([options.seed, epoch]).permutation(len(clips))[place]))
     return clips.batch(rows)
@@ -200,7 +203,7 @@ def learning_rate(options, step):
 # ---------------------------------------------------------------------------------------------------------------
 # Options. A default is the paper's (arXiv 2510.14255, section 4.1); `roll` is the official code's where that differs
 # (ROLL v0.2.1, reward_fl: loss = -0.1 (R - 0.54) / 0.16 + KL, the input picture left out of the pool); `tiny` is the
-# tiny model's. `resumable` ones may change when a run goes on.
+# tiny model's; these are keywords of `option`. `resumable` ones may change when a run goes on.
 
 
 @dataclass
@@ -218,15 +221,15 @@ class TrainOptions:
     recipe: str = option("paper", "where the defaults are from", choices=("paper", "roll"))
     steps: int = option(100, "optimisation steps", least=1, most=999_999, tiny=34, resumable=True)
     batch: int = option(64, "clips a step, of all ranks together", least=1, roll=8, tiny=3)
-    micro_batch: int = option(1, "clips that a rank has in work at a time", least=1, tiny=3, resumable=True)
+    micro_batch: int = option(1, "clips that a rank takes at once", least=1, tiny=3, resumable=True)
     lr: float = option(2e-5, "learning rate of Adam", least=0, roll=2.5e-6, tiny=2.4e-3)
     warmup: int = option(5, "steps over which the learning rate rises to lr", least=0, tiny=3)
     decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0", least=0, most=1, tiny=0.9)
     grad_clip: float = option(1.0, "largest norm of a step's gradient; 0 = any", least=0)
     lora_rank: int = option(32, "rank of the LoRA on q, k, v, o and the feed-forward layers; 0 tunes all weights",
                             least=0)  # fmt: skip
-    sampling_steps: int = option(8, "N, Euler steps of a rollout", least=1, most=1000)
-    shift: float = option(0.0, "of the noise schedule, towards noise; 0 = the preset's", least=0)
+    sampling_steps: int = option(8, "N, sampling steps of a roll-out", least=1, most=1000)
+    shift: float = option(0.0, "of the noise schedule, a larger one is noisier; 0 = the preset's", least=0)
     solver: str = option("euler", "how a model is sampled; renoise: as 5B-Turbo's weights are, with fresh noise a step",
                          choices=("euler", "renoise"))  # fmt: skip
     window: int = option(4, "K, the last sampling steps, which the gradient passes through", least=1)
@@ -259,7 +262,8 @@ MAX_SKIPS = 10  # steps in a row without a finite gradient after which a run end
 
 
 def resolve(given):
-    """TrainOptions: what the command line gave, over the run's own (--resume) or the tiny model's and the recipe's."""
+    """TrainOptions of what the command line gave. What comes later wins: the defaults, the recipe's, the tiny model's
+    (or, with --resume, the run's own), the command line's."""
     fields = {f.name: f.metadata["about"] for f in dataclasses.fields(TrainOptions)}
     if given.get("resume"):
         out = Path(given.get("out", TrainOptions.out))
@@ -300,11 +304,11 @@ def check(options):
 
 
 def micro_batches_of(options, rank, ranks):
-    """The numbers of a step's samples that are this rank's, as its micro-batches; UserError if it does not divide."""
+    """The numbers of a step's samples that are this rank's, by micro-batch; UserError if the batch does not divide."""
     if options.batch % (ranks * options.micro_batch):
         raise UserError(
             f"--batch {options.batch} is no multiple of {ranks * options.micro_batch}: {ranks} rank(s) x --micro_batch "
-            f"{options.micro_batch}, which accumulate until the batch is full"
+            f"{options.micro_batch} make one accumulation"
         )
     each = options.batch // ranks
     return [range(k, k + options.micro_batch) for k in range(rank * each, (rank + 1) * each, options.micro_batch)]
@@ -313,7 +317,7 @@ def micro_batches_of(options, rank, ranks):
 def prepare(options, device):
     """The `Tuning` of a run: networks loaded, LoRA added or weights sharded, reward and judge read."""
     full = options.lora_rank == 0
-    # all weights: fp32 masters, computed in bf16
+    # tuning all weights keeps fp32 masters; the forward pass still computes in bf16
     dtype = torch.float32 if full or options.precision == "fp32" else None
     distribute = shard if full and dist.is_initialized() else None
     wan = load_model(options.model, options.ckpt, device, dtype, shard=distribute, shift=options.shift,
@@ -345,11 +349,13 @@ def shard(dit):
     """
     for module in (*dit.blocks, dit):
         fully_shard(module)
-        module.set_gradient_divide_factor(1.0)  # the ranks' gradients are summed: a loss is a share of the step's mean
+        # the ranks' gradients are summed: a loss is a share of the step's mean
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # and by a plain sum, which gloo can do too
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: out/checkpoints/step-000020/, whole or not there
+# Checkpoints: out/checkpoints/step-000020/, complete or absent
 
 
 def digest(path):
@@ -365,7 +371,10 @@ def sync(path):
 
 
 def training_state(model, optimizer):
-    """What a checkpoint holds of the tuned weights and the optimizer, by the weights' names: any number of ranks."""
+    """What a checkpoint holds: tuned weights and Adam's moments by parameter name, which any number of ranks can read.
+
+    No random state: clips and noise follow from seed and step.
+    """
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     return dict(weights=weights, optimizers=moments)
 
@@ -388,8 +397,9 @@ def save_checkpoint(folder, step, tuning, optimizer):
             part.mkdir()
 
     def write():
-        dcp.save(training_state(tuning.model, optimizer), checkpoint_id=part, no_dist=not dist.is_initialized())
+        dcp.save(training_state(tuning.tuned, optimizer), checkpoint_id=part, no_dist=not dist.is_initialized())
         export_weights(tuning, part)
+        # DCP names its shards __<rank>_<n>.distcp; rank 0 answers for the other files too
         own = [f for f in part.iterdir() if (f.name.startswith(f"__{rank}_") or (f.name[:2] != "__" and rank == 0))]
         sums.extend((f.name, digest(f)) for f in own)
 
@@ -402,7 +412,7 @@ def save_checkpoint(folder, step, tuning, optimizer):
             part.rename(whole)
             sync(folder)
             for old in sorted(folder.glob("step-??????"))[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old.rename(old.with_suffix(".part")))  # a kill meanwhile leaves no half of one
+                shutil.rmtree(old.rename(old.with_suffix(".part")))  # renamed first: a kill leaves no half of one
 
     for stage in (begin, write, finish):
         fault = None
@@ -432,7 +442,7 @@ def newest_checkpoint(folder):
     for path in found:
         try:
             files = sorted(json.loads((path / "manifest.json").read_text())["files"].items())
-            wrong = [name for name, is_it in files[rank::ranks] if digest(path / name) != is_it]
+            wrong = [name for name, expected in files[rank::ranks] if digest(path / name) != expected]
         except (OSError, ValueError, KeyError) as error:
             wrong = [f"{type(error).__name__}: {error}"]
         wrong = gathered(wrong)
@@ -447,10 +457,10 @@ def newest_checkpoint(folder):
 
 def load_checkpoint(path, tuning, optimizer):
     """Put a checkpoint's weights and optimizer state in place, whatever number of ranks wrote it; returns its step."""
-    state = training_state(tuning.model, optimizer)
+    state = training_state(tuning.tuned, optimizer)
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_state_dict(
-        tuning.model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
+        tuning.tuned, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizers"],
         options=StateDictOptions(strict=False),
     )  # fmt: skip
     return json.loads((path / "manifest.json").read_text())["step"]
@@ -462,11 +472,11 @@ def export_weights(tuning, path):
     if tuning.options.lora_rank:
         if rank == 0:
             expert = {} if tuning.wan.preset.boundary is None else {"expert": "low"}
-            save_lora(tuning.model, path / "lora.safetensors", expert)
+            save_lora(tuning.tuned, path / "lora.safetensors", expert)
         return
     dtype = torch.bfloat16 if tuning.wan.preset.folder is None else torch.float16
     tensors = {}
-    for name, value in tuning.model.state_dict().items():
+    for name, value in tuning.tuned.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2's: all ranks take part
         if rank == 0:
             tensors[name] = value.to("cpu", dtype).contiguous()
@@ -500,11 +510,11 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out / "tensorboard", purge_step=start)
-        except ImportError:  # TensorBoard is a wish, not a need
+        except ImportError:  # optional
             pass
 
     def has_watched(self, step):
-        """Are the held-out clips' figures after so many steps in it? The same answer on every rank."""
+        """Does the log hold the held-out clips' metrics after so many steps? The same answer on every rank."""
         return any(gathered([any("held_out" in row for row in self.rows if row["step"] == step)]))
 
     def write(self, row):
@@ -546,7 +556,8 @@ def draw_curves(rows, path):
 
 
 class HeldOut:
-    """The held-out clips, sampled with fixed noise by the model as it is: before, now and then, and after."""
+    """The held-out clips, sampled with fixed noise by the model as it is: before (when this is made), every
+    --watch_every steps, and after."""
 
     def __init__(self, tuning, clips, out):
         self.tuning, self.clips, self.out = tuning, clips, out
@@ -588,7 +599,7 @@ def check_clips(clips, options):
         raise UserError(f"--people all: {options.data} holds one person a clip; make a set with: data.py --people 2")
 
 
-def begin(options, out):
+def make_folder(options, out):
     """Make the run's folder, with its options in it."""
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -614,15 +625,16 @@ def main():
     unseen = Clips(options.data, "heldout", device, options.model)
     check_clips(clips, options)
     tuning = prepare(options, device)
+    clips.check_encoder(tuning.reward.encoder)
     tuning.judge = Judge(options.judge, clips, device) if options.judge else None
     say(f"face detector on {tuning.reward.detector.provider}")
-    held_out = HeldOut(tuning, unseen, out)
+    held_out = HeldOut(tuning, unseen, out)  # before a checkpoint is loaded: `before` is the untuned model
     before = mean_metrics(held_out.before)
     say(table([("before", before)]))
 
-    optimizer = torch.optim.Adam([p for p in tuning.model.parameters() if p.requires_grad], lr=options.lr)
+    optimizer = torch.optim.Adam([p for p in tuning.tuned.parameters() if p.requires_grad], lr=options.lr)
     if rank == 0:
-        begin(options, out)
+        make_folder(options, out)
     start, folder = 0, out / "checkpoints"
     if options.resume and (found := newest_checkpoint(folder)):
         start = load_checkpoint(found, tuning, optimizer)
@@ -655,7 +667,7 @@ def main():
             say(f"stopped by a signal after step {done}; go on with: --resume --out {out}")
             return leave_ranks()
     for name, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        signal.signal(name, handler)  # --resume does what follows again
+        signal.signal(name, handler)  # from here on a signal ends the run at once; --resume repeats only what follows
     export_weights(tuning, out)
     after = held_out.watch(options.steps, out / "before_after.mp4", log)
     say(table([("before", before), ("after", after)]))

@@ -578,10 +578,10 @@ def add_rounded(weight, update, name):
     if rows is not None:
         weight, update = weight.to_local(), update[rows]
     total = full_precision(weight) + update.to(weight.device)
-    if weight.dtype == torch.bfloat16:  # the upper half of an fp32 number's bits
-        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-        chance = torch.randint(2**16, total.shape, generator=generator, dtype=torch.int32, device=weight.device)
-        total = (total.view(torch.int32) + chance & -(2**16)).view(torch.float32)
+    if weight.dtype == torch.bfloat16:  # which is the upper half of an fp32 number's bits
+        generator, bits = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode())), total.view(torch.int32)
+        bits += torch.randint(2**16, bits.shape, generator=generator, dtype=torch.int32, device=weight.device)
+        bits &= -(2**16)
     weight.copy_(total)
 
 
@@ -877,14 +877,18 @@ class Wan:
     def at_work(self, *parts):
         """With `offload`, bring the loaded networks of these names to the device, and the others to the host.
 
-        "dit", "vae", "text". Their frozen weights move; trained ones, and networks that FSDP2 shards, stay where they
-        are. Of A14B's experts, each comes to the device when the sampler reaches it, and the other one leaves.
+        "dit", "vae", "text", and "tuned", which is the dit, or of A14B the low-noise expert alone. Their frozen weights
+        move; trained ones, and networks that FSDP2 shards, stay where they are. With "dit", each of A14B's experts
+        comes to the device when the sampler reaches it, and the other one leaves.
         """
         if not self.offload:
             return
+        parts = {"dit" if part == "tuned" else part for part in parts} | set(parts)
         for part, network in self.networks.items():
             if isinstance(network, Experts) and part in parts:
                 network.offload = True
+                if "tuned" in parts:
+                    network.bring("low", self.device)
             elif not sharded(network):
                 move_frozen(network, self.device if part in parts else "cpu")
 

@@ -326,7 +326,6 @@ def dit(args):
 @stage("data/: the shipped clips as data.py caches them")
 def data(args):
     part = ASSETS / "data.part"
-    shutil.rmtree(part, ignore_errors=True)
     program("data.py", ASSETS / "clips", "--out", part)
     shutil.rmtree(ASSETS / "data", ignore_errors=True)
     part.rename(ASSETS / "data")

@@ -88,7 +88,7 @@ def test_the_kl_and_its_gradient_are_zero_at_the_reference(scene):
     tuning, batch, noise, parameters = scene
     reset(parameters)
     x = rollout(tuning.wan.dit, noise, batch["first"], batch["context"], tuning.sigma, 1)[0]
-    v = velocity(tuning.model, x, tuning.sigma[3], batch["context"])
+    v = velocity(tuning.tuned, x, tuning.sigma[3], batch["context"])
     with torch.no_grad(), lora_disabled(tuning.reference):
         v_ref = velocity(tuning.reference, x, tuning.sigma[3], batch["context"])
     kl = velocity_kl(v, v_ref, float(tuning.sigma[3])).sum()
@@ -279,14 +279,14 @@ options = train.TrainOptions(batch=4, micro_batch=1, window=2, sampling_steps=3,
                              precision="fp32")
 tuning = train.prepare(options, device)
 with torch.no_grad():
-    for name, p in tuning.model.named_parameters():
+    for name, p in tuning.tuned.named_parameters():
         if "lora_B" in name:
             p.fill_(0.01)
 clips = Clips(ASSETS / "data", "train")
 whole = lambda g: (g.full_tensor() if hasattr(g, "full_tensor") else g).contiguous()
 keeps = types.SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda: None)
 line = train.optimisation_step(tuning, clips, 0, train.micro_batches_of(options, rank, ranks), keeps)
-grads = {n: whole(p.grad) for n, p in tuning.model.named_parameters() if p.requires_grad}
+grads = {n: whole(p.grad) for n, p in tuning.tuned.named_parameters() if p.requires_grad}
 grads["log"] = torch.tensor([line["reward"], line["kl"], line["grad_norm"]])
 if rank == 0:
     save_file(grads, f"{ranks}-ranks.safetensors")
@@ -442,7 +442,7 @@ def test_a_run_that_cannot_step_stops_and_a_clip_that_cannot_be_read_is_replaced
     data = tmp_path / "data"
     shutil.copytree(small_set, data)
     shutil.copytree(small_set.parent / "clips", tmp_path / "clips")
-    files = sorted((data / "cache").glob("train*.safetensors"))
+    files = sorted((data / "cache").glob("train/*.safetensors"))
     files[2].write_bytes(b"torn")
     run_ = tune(tmp_path, data, "--steps", 4)
     text, _ = run_.communicate()

@@ -232,17 +232,20 @@ def test_every_layout_loads_to_the_same_tensors_and_the_same_clip(name, world, t
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name, layout, solver", [("wan5b", "native", ""), ("wan14b", "comfy", "euler")])
-def test_sample_writes_a_clip_from_a_released_layout(name, layout, solver, world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, layout, how", [
+    ("wan5b", "native", ()), ("wan5b", "native", ("--solver", "renoise", "--cfg", 1)),
+    ("wan14b", "comfy", ("--solver", "euler")),
+])  # fmt: skip
+def test_sample_writes_a_clip_from_a_released_layout(name, layout, how, world, tmp_path, monkeypatch, capsys):
     Image.fromarray(PICTURE).save(tmp_path / "face.png")
     out = tmp_path / "clip.mp4"
     arguments = ["--image", tmp_path / "face.png", "--prompt", "a man smiles", "--out", out, "--model", name,
-                 "--ckpt", world[0] / f"{layout}-{name}", *(["--solver", solver] if solver else [])]  # fmt: skip
+                 "--ckpt", world[0] / f"{layout}-{name}", *how]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["sample.py", *map(str, arguments)])
     prompts = []
     monkeypatch.setattr(weights, "tokenize", lambda p, *rest: prompts.extend(p) or tokenize(["a man"] * len(p), *rest))
     sample.main()
-    assert prompts == ["a man smiles", sample.NEGATIVE]  # both presets have guidance on
+    assert prompts == ["a man smiles", *([] if "--cfg" in how else [sample.NEGATIVE])]  # both presets have guidance on
     frames, fps = sample.read_video(out)
     assert frames.shape == (9, 64, 64, 3) and fps == CONFIGS[name].fps
     assert f"{out}: 9 frames of 64x64" in capsys.readouterr().out
@@ -276,14 +279,15 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
     file, out = tmp_path / "base=1.safetensors", ["--out", tmp_path / "run"]
     save_lora(dit, file)
     base = ["--base_lora", f"{file}:0.5" if name == "wan5b" else f"high={file},low={file}"]
-    program(train.main, *ckpt, *base, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2,
+    solver = "renoise" if name == "wan5b" else "euler"
+    program(train.main, *ckpt, *base, "--solver", solver, "--data", tmp_path / "set", *out, "--batch", 2, "--steps", 2,
             "--sampling_steps", 4, "--window", 1, "--lr", 1e-3, "--lora_rank", 2, "--eval_clips", 2,
             "--offload")  # fmt: skip
     program(train.main, "--resume", *out, "--steps", 3)
     said, transformers_ = capsys.readouterr().out, 1 if name == "wan5b" else 2
     assert "going on from step 2" in said
     assert said.count("base=1.safetensors: merged into 20 layers") == 2 * transformers_  # by both runs
-    assert f"{name}: 4 steps by euler, shift 5, no guidance, base LoRA {base[1]}" in said
+    assert f"{name}: 4 steps by {solver}, shift 5, no guidance, base LoRA {base[1]}" in said
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "held_out" not in row]
     assert [row["step"] for row in steps] == [0, 1, 2] and all(row["face_rate"] == 1 for row in steps)
@@ -294,7 +298,7 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
     assert merge_lora(tuned, lora).layers == 2 * 10  # q, k, v, o of both attentions and two layers of feed-forward
     assert not all(map(torch.equal, tuned.parameters(), plain.parameters()))
     program(evaluation.main, *ckpt, *base, "--data", tmp_path / "set", "--out", tmp_path / "report", "--lora", lora,
-            "--clips", 2, "--sampling_steps", 4)  # fmt: skip
+            "--solver", solver, "--clips", 2, "--sampling_steps", 4)  # fmt: skip
     part = "transformer" if name == "wan5b" else "low-noise expert"
     assert f"lora.safetensors: beside 20 layers of the {part}" in capsys.readouterr().out
     report = json.loads((tmp_path / "report/eval.json").read_text())
@@ -715,9 +719,10 @@ def test_networks_that_are_not_at_work_wait_on_the_host(name, world, monkeypatch
     assert moves("vae") == {("dit", "cpu"), ("vae", "device")}
     if name == "wan5b":
         assert moves("dit") == {("dit", "device"), ("vae", "cpu")}
-        assert moves("dit", "vae") == {("dit", "device"), ("vae", "device")}
+        assert moves("dit", "vae") == {("dit", "device"), ("vae", "device")} and moves("tuned") == moves("dit")
         return
     assert moves("dit") == {("vae", "cpu")}
+    assert moves("tuned") == {("low", "device"), ("high", "cpu"), ("vae", "cpu")}  # called without the sampler
     for expert in experts:
         monkeypatch.setattr(expert, "forward", lambda x, *_: x)
     for t, at_work in ((950.0, "high"), (10.0, "low")):  # by the latent's timestep
