@@ -648,9 +648,9 @@ class Clips:
 
 torch.set_num_threads(1)
 out, clips = Path(sys.argv[2]), Clips()
-for folder in ("input", "clips/true", "clips/still"):
+for folder in ("input", "clips/true"):
     (out / folder).mkdir(parents=True)
-jobs = list_jobs(clips, range(len(clips.rows)), ("true", "still"), 1)
+jobs = list_jobs(clips, range(len(clips.rows)), ["true"], 1)
 assert not write_clips(EvalOptions(out=out), clips, jobs, {}, torch.device("cpu"))
 scorers = {"tf": lambda frames, picture, fps: dict(tf=temporal_flickering(to_tensor(frames)))}
 scores, wrong = score_clips(out, clips, jobs, scorers)
