@@ -14,6 +14,7 @@ lora.safetensors (of all weights dit.safetensors), before_after.mp4; tensorboard
 """
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -21,6 +22,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import time
 import warnings
 from dataclasses import dataclass
@@ -600,14 +602,26 @@ def check_clips(clips, options):
 
 
 def make_folder(options, out):
-    """Make the run's folder, with its options in it."""
+    """Make the run's folder, with its options in it; returns its lock, which this process holds until it ends.
+
+    UserError where another process trains in it.
+    """
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a+")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise UserError(f"--out {out}: process {lock.read()} trains in it; name another folder") from None
+    lock.truncate(0)
+    print(f"{os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
     saved = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
     (out / "options.part").write_text(json.dumps(saved, indent=1))
     (out / "options.part").replace(out / "options.json")
+    return lock
 
 
 def main():
@@ -633,8 +647,7 @@ def main():
     say(table([("before", before)]))
 
     optimizer = torch.optim.Adam([p for p in tuning.tuned.parameters() if p.requires_grad], lr=options.lr)
-    if rank == 0:
-        make_folder(options, out)
+    lock = make_folder(options, out) if rank == 0 else None
     start, folder = 0, out / "checkpoints"
     if options.resume and (found := newest_checkpoint(folder)):
         start = load_checkpoint(found, tuning, optimizer)
@@ -643,7 +656,7 @@ def main():
     if not log.has_watched(0):
         log.write(dict(step=0, held_out=before))
 
-    signals, skipped = [], 0
+    signals, skipped, steps_taken = [], 0, 0
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: signals.append(number))
     bar = tqdm(range(start, options.steps), "steps", initial=start, total=options.steps, disable=rank > 0)
@@ -655,6 +668,7 @@ def main():
         log.write(dict(step=step, **line, seconds=round(time.perf_counter() - clock, 3)))
         bar.set_postfix({k: f"{line[k]:.3f}" for k in ("reward", "kl")})
         skipped = skipped + 1 if line["skipped"] else 0
+        steps_taken += not line["skipped"]
         done, stopped, broken = step + 1, any(gathered([bool(signals)])), skipped == MAX_SKIPS
         if done % options.save_every == 0 or done == options.steps or stopped or broken:
             save_checkpoint(folder, done, tuning, optimizer)
@@ -668,10 +682,16 @@ def main():
             return leave_ranks()
     for name, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         signal.signal(name, handler)  # from here on a signal ends the run at once; --resume repeats only what follows
+    if start < options.steps and not steps_taken:
+        say(f"no step had a finite reward, loss and gradient (see {out / 'log.jsonl'}): nothing was tuned")
+        leave_ranks()
+        return 1
     export_weights(tuning, out)
     after = held_out.watch(options.steps, out / "before_after.mp4", log)
     say(table([("before", before), ("after", after)]))
     leave_ranks()
+    if lock:
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,10 @@ def write_safetensors(tensors, path, metadata=None):
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # the umask's; safetensors makes files that only their owner can read
         save_file(tensors, part, metadata)
+        part.chmod(mode)
     except Exception:
         part.unlink(missing_ok=True)
         raise

@@ -1,6 +1,7 @@
 """The main job in small: the step's gradient, its determinism, resuming, and the programs end to end."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -457,6 +458,23 @@ def test_a_run_that_cannot_step_stops_and_a_clip_that_cannot_be_read_is_replaced
     assert not any(v.any() for k, v in weights(tmp_path / "nan/checkpoints/step-000010").items() if "lora_B" in k)
     rows = [json.loads(line) for line in (tmp_path / "nan/log.jsonl").read_text().splitlines()]
     assert all(row["skipped"] for row in rows if "held_out" not in row)
+
+
+@pytest.mark.slow
+def test_a_run_that_tunes_nothing_says_so_and_a_folder_in_use_is_refused(tmp_path, small_set):
+    data = tmp_path / "data"
+    shutil.copytree(small_set, data)
+    shutil.copytree(small_set.parent / "clips", tmp_path / "clips")
+    for file in (data / "cache/train").glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file(tensors | dict(pool=torch.full_like(tensors["pool"], torch.nan)), file)
+    text, _ = (run_ := tune(tmp_path, data, "--steps", 2)).communicate()
+    assert run_.returncode == 1 and "nothing was tuned" in text, text
+    assert not (tmp_path / "out/lora.safetensors").exists()
+    lock = open(tmp_path / "out/lock", "a+")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    text, _ = (run_ := tune(tmp_path, data, "--steps", 4, "--resume")).communicate()
+    assert run_.returncode == 2 and "trains in it; name another folder" in text, text
 
 
 QUICK = "--steps 3 --batch 1 --micro_batch 1 --sampling_steps 2 --window 1 --eval_clips 2 --save_every 2".split()

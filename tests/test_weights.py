@@ -153,6 +153,12 @@ def tmp_native(world, tmp_path):
 PICTURE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
 
 
+def test_others_may_read_what_is_written_as_far_as_the_umask_lets_them(tmp_path):
+    weights.write_safetensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("name", ["wan5b", "wan14b"])
 def test_a_sample_from_files_equals_diffusers_image_to_video_pipeline(name, world):
     """Files, conditioning, expert switch, guidance and schedule at once: 4 Euler steps from the same noise."""
