@@ -399,7 +399,6 @@ def test_openings_are_heights_over_widths_of_eyes_and_mouth_however_the_head_is_
     assert external.openings(frames[:0], torch.zeros(0, 4), landmarks).shape == (0, 2)
 
 
-@pytest.mark.skipif(not hasattr(data, "ask"), reason="data.py has no endpoint yet")
 def test_the_hacking_rate_is_a_yes_or_no_and_what_is_neither_is_unclear():
     asked, answers = [], ["Yes.", "no", "It looks fine to me."]
 
@@ -422,7 +421,7 @@ def test_the_hacking_rate_is_a_yes_or_no_and_what_is_neither_is_unclear():
     server.shutdown()
     assert got == [dict(hacked=1.0, unclear=0.0), dict(hacked=0.0, unclear=0.0), dict(hacked=None, unclear=1.0)]
     pictures = [part for part in asked[0]["messages"][0]["content"] if part["type"] == "image_url"]
-    assert len(pictures) == 9  # the input picture and eight frames
+    assert len(pictures) == 8  # the input picture and seven frames
     rows = [dict(person=k, clip=str(k), seed=0) | answer for k, answer in enumerate(got)]
     assert report.mean_of(rows, "hacked")["mean"] == 0.5
     assert report.mean_of(rows, "unclear")["mean"] == pytest.approx(1 / 3)
