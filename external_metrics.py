@@ -19,8 +19,8 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 
-import data
 from cli import UserError
+from vlm import Unanswered, ask, yes_or_no
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -337,11 +337,11 @@ HACKED = (
 def hacking(options, frames, picture, fps):
     """Does the model behind --vlm call a clip's face forced? dict(hacked=1.0, 0.0, or None, unclear=0.0 or 1.0).
 
-    frames: uint8 [F, H, W, 3], of which eight are shown; picture: uint8 [H, W, 3]. UserError where it does not answer.
+    frames: uint8 [F, H, W, 3], of which seven are shown; picture: uint8 [H, W, 3]. UserError where it does not answer.
     """
-    shown = frames[np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)]
+    shown = frames[np.linspace(0, len(frames) - 1, min(7, len(frames))).round().astype(int)]
     try:
-        answer = data.yes_or_no(data.ask(options, HACKED, [picture, *shown]))
-    except data.Unanswered as error:
+        answer = yes_or_no(ask(options.vlm, options.vlm_model, HACKED, [picture, *shown], options.vlm_timeout))
+    except Unanswered as error:
         raise UserError(f"{error}; started again, the evaluation goes on from here") from None
     return dict(hacked=None if answer is None else float(answer), unclear=float(answer is None))

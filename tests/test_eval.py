@@ -399,7 +399,6 @@ def test_openings_are_heights_over_widths_of_eyes_and_mouth_however_the_head_is_
     assert external.openings(frames[:0], torch.zeros(0, 4), landmarks).shape == (0, 2)
 
 
-@pytest.mark.skipif(not hasattr(data, "ask"), reason="data.py has no endpoint yet")
 def test_the_hacking_rate_is_a_yes_or_no_and_what_is_neither_is_unclear():
     asked, answers = [], ["Yes.", "no", "It looks fine to me."]
 
@@ -422,7 +421,7 @@ def test_the_hacking_rate_is_a_yes_or_no_and_what_is_neither_is_unclear():
     server.shutdown()
     assert got == [dict(hacked=1.0, unclear=0.0), dict(hacked=0.0, unclear=0.0), dict(hacked=None, unclear=1.0)]
     pictures = [part for part in asked[0]["messages"][0]["content"] if part["type"] == "image_url"]
-    assert len(pictures) == 9  # the input picture and eight frames
+    assert len(pictures) == 8  # the input picture and seven frames
     rows = [dict(person=k, clip=str(k), seed=0) | answer for k, answer in enumerate(got)]
     assert report.mean_of(rows, "hacked")["mean"] == 0.5
     assert report.mean_of(rows, "unclear")["mean"] == pytest.approx(1 / 3)
@@ -615,13 +614,10 @@ def test_broken_clips_are_left_out_of_every_version_and_told(tiny, whole, tmp_pa
 
 @pytest.mark.slow
 def test_pairs_of_picture_and_prompt_need_no_true_clips(tiny, reward, tmp_path):
-    class Pairs(data.Clips):  # as data.py makes them: a picture in the place of a clip
-        def video(self, row):
-            return super().video(row)[:1]
-
-    pairs = Pairs(tiny / "data", "heldout")
-    for row in pairs.rows:
-        row["image"] = "a.png"
+    pairs = data.Clips(tiny / "data", "heldout")
+    Image.fromarray(pairs.video(0)[0]).save(tmp_path / "a.png")
+    for row in pairs.rows:  # as data.py --pairs makes them: a picture in the place of a clip
+        row["image"] = str(tmp_path / "a.png")
     options = EvalOptions(clips=1, sampling_steps=1, out=str(tmp_path))
     rows, problems = evaluate(options, {}, pairs, torch.device("cpu"), read_scorers(options, torch.device("cpu")))
     assert [row["version"] for row in rows] == ["still", "base"] and not problems
