@@ -36,7 +36,7 @@ from model import (
     lora_layers,
     tokenize,
 )
-from reward import TEMPLATE, FaceDetector, Faces
+from reward import TEMPLATE, FaceDetector, FaceReward, Faces
 from sample import condition, guided, rollout, sigmas, unipc
 from weights import Lora, attach_lora, load_model, load_weights, merge_lora, parse_loras, save_lora
 
@@ -265,7 +265,7 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
         (tmp_path / "clips" / split).mkdir(parents=True)
         for i in range(2):
             frames = np.random.default_rng(i).integers(0, 255, (9, 64, 64, 3), np.uint8)
-            sample.write_video(tmp_path / "clips" / split / f"{i}.mp4", frames, 8)
+            sample.write_video(tmp_path / "clips" / split / f"{i}.mp4", frames, CONFIGS[name].fps)
             (tmp_path / "clips" / split / f"{i}.txt").write_text("a man smiles")
 
     face = Faces(torch.tensor([[8.0, 8, 56, 56]]), torch.ones(1), 8 + TEMPLATE[None] * 48 / 112)
@@ -278,7 +278,7 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
         monkeypatch.setattr("sys.argv", [str(a) for a in ("program", *arguments)])
         main()
 
-    program(data.main, tmp_path / "clips", "--out", tmp_path / "set", *ckpt)
+    program(data.main, tmp_path / "clips", "--out", tmp_path / "set", "--max_face", 960, *ckpt)
     dit = WanDiT(CONFIGS[name].dit)
     for p in add_lora(dit, 2):
         p.data += 0.1 * torch.randn_like(p)
@@ -307,11 +307,15 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
             "--solver", solver, "--clips", 2, "--sampling_steps", 4)  # fmt: skip
     part = "transformer" if name == "wan5b" else "low-noise expert"
     assert f"lora.safetensors: beside 20 layers of the {part}" in capsys.readouterr().out
-    report = json.loads((tmp_path / "report/eval.json").read_text())
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    assert {row["version"] for row in results["clips"]} >= {"base", "lora"}
     watched = {row["step"]: row["held_out"]["facesim"] for row in rows if "held_out" in row}
-    for column, step in (("base", 0), ("LoRA", 3)):
-        found = np.mean([clip["facesim"] for clip in report[column]])
-        assert found == pytest.approx(watched[step], abs=1e-5), column
+    preset, clips = CONFIGS[name], data.Clips(tmp_path / "set", "heldout")
+    for loras, step in (("", 0), (str(lora), 3)):  # what is loaded beside the weights is what was tuned
+        wan = load_model(name, world[0] / f"native-{name}", loras=parse_loras(loras, preset),
+                         base_loras=parse_loras(base[1], preset, "--base_lora"))  # fmt: skip
+        metrics, _ = evaluation.sample_held_out(wan, FaceReward.from_folder(model.ASSETS), clips, [0, 1], 4, solver=solver)
+        assert evaluation.mean_metrics(metrics)["facesim"] == pytest.approx(watched[step], abs=1e-5)
     assert watched[0] != watched[3]
 
 
