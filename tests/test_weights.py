@@ -315,7 +315,8 @@ def test_a_released_layout_trains_from_clips_to_a_lora(name, world, tmp_path, mo
     for loras, step in (("", 0), (str(lora), 3)):  # what is loaded beside the weights is what was tuned
         wan = load_model(name, world[0] / f"native-{name}", loras=parse_loras(loras, preset),
                          base_loras=parse_loras(base[1], preset, "--base_lora"))  # fmt: skip
-        metrics, _ = evaluation.sample_held_out(wan, FaceReward.from_folder(model.ASSETS), clips, [0, 1], 4, solver=solver)
+        reward = FaceReward.from_folder(model.ASSETS)
+        metrics, _ = evaluation.sample_held_out(wan, reward, clips, [0, 1], 4, solver=solver)
         assert evaluation.mean_metrics(metrics)["facesim"] == pytest.approx(watched[step], abs=1e-5)
     assert watched[0] != watched[3]
 
