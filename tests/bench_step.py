@@ -315,7 +315,7 @@ def cosine(which, seed):
     found, whole = {}, gradient(None)
     for margin in (0, 1, 2) if which == "tiny" else (0, 1, 2, 3, 4, 6, 8):
         found[margin] = float(F.cosine_similarity(gradient(margin), whole, dim=0))
-        with patch.object(model, "paste", lambda seen, frame, window, halo, k, v, size: (k, v)):
+        with patch.object(model, "set_into_frame", lambda seen, frame, window, halo, k, v, size: (k, v)):
             found[f"{margin}, alone"] = float(F.cosine_similarity(gradient(margin), whole, dim=0))
     return found
 
