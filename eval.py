@@ -553,6 +553,7 @@ def check(options):
 
 
 def digest(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

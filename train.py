@@ -16,7 +16,6 @@ lora.safetensors (of all weights dit.safetensors), before_after.mp4; tensorboard
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import math
 import os
@@ -44,6 +43,7 @@ from eval import (
     Judge,
     clip_metrics,
     compute_dtype,
+    digest,
     mean_metrics,
     sample_held_out,
     shown_rows,
@@ -358,11 +358,6 @@ def shard(dit):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints: out/checkpoints/step-000020/, complete or absent
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path):
