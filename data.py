@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 from cli import UserError, option, parse_options, run
 from model import ASSETS, CONFIGS
-from reward import FaceReward, link, usable
-from sample import best_size, condition, fit, latent_size, read_picture, to_tensor
+from reward import FaceReward, alignable, link_identities
+from sample import best_size, condition, cover_and_crop, latent_size, read_picture, to_tensor
 from video import Refused, decode, read_span, resample, survey, upright
 from vlm import Unanswered, ask, yes_or_no
 from weights import find_preset, load_model, write_safetensors
@@ -117,7 +117,7 @@ def filter_faces(reward, video, options):
         pool, mask = reward.identities(video, options.people)
         strangers = 1 - float(mask.sum()) / max(int(info["count"].sum()), 1)
     else:
-        numbers = Counter(number for (number,) in link([face[None] for face in pool[mask]]))
+        numbers = Counter(number for (number,) in link_identities([face[None] for face in pool[mask]]))
         strangers = 1 - max(numbers.values(), default=0) / max(len(boxes), 1)
     unit = F.normalize(info["embeddings"][0][seen], dim=-1)
     agreement = float((unit @ unit.T).mean()) if len(unit) else 0.0
@@ -347,7 +347,7 @@ class Networks:
 
 def crop_and_fit(picture, size, box=None):
     """A PIL image, or its box (x0, y0, x1, y1), resized to cover `size` and centre-cropped: uint8 [H, W, 3]."""
-    return fit(picture.crop(box) if box else picture, size)
+    return cover_and_crop(picture.crop(box) if box else picture, size)
 
 
 def cropped_share(picture, size):
@@ -365,8 +365,8 @@ def face_box(reward, pictures, size, people):
     axis = 0 if whole[1] > size[1] else 1  # along which there is a choice: x or y
     span, room = (size[1], whole[1]) if axis == 0 else (size[0], whole[0])
     device = next(reward.encoder.parameters()).device
-    video = to_tensor(np.stack([fit(picture, whole) for picture in pictures])).to(device)
-    faces = torch.cat([usable(found).boxes[:people] for found in reward.detector(video[0].transpose(0, 1))])
+    video = to_tensor(np.stack([cover_and_crop(picture, whole) for picture in pictures])).to(device)
+    faces = torch.cat([alignable(found).boxes[:people] for found in reward.detector(video[0].transpose(0, 1))])
     if not len(faces):
         return None
     margin = 0.4 * (faces[:, 2 + axis] - faces[:, axis])  # a head is larger than the detector's face

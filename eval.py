@@ -42,10 +42,10 @@ from report import table as table  # for train.py, which imports what it shows f
 from reward import FaceReward
 from sample import (
     fresh_noise,
-    noise_like,
     read_video,
     rollout,
     sampling_assumptions,
+    seeded_noise,
     sigmas,
     to_bytes,
     to_frames,
@@ -223,7 +223,7 @@ def sample_clips(wan, clips, rows, seed, steps, solver="euler"):
     """
     batch = clips.batch(rows)
     shape = clips.latent_shape(wan.preset, batch["row"][0])
-    noise = torch.stack([noise_like(shape, seed, row) for row in rows]).to(batch["context"].device)
+    noise = torch.stack([seeded_noise(shape, seed, row) for row in rows]).to(batch["context"].device)
     fresh, first, y, schedule = None, batch.get("first"), batch.get("y"), sigmas(steps, wan.preset.shift)
     if solver == "renoise":
         fresh = fresh_noise(noise.shape, steps, *((seed, row) for row in rows), device=noise.device)
@@ -383,8 +383,9 @@ def write_clips(options, clips, jobs, tuned, device):
                 if loaded != job.version:
                     tune(wan, tuned.get(job.version, Tuned()))
                     loaded = job.version
-                (read,), (video,) = sample_clips(wan, clips, [job.row], job.seed, options.sampling_steps,
-                                                 options.solver)
+                (read,), (video,) = sample_clips(
+                    wan, clips, [job.row], job.seed, options.sampling_steps, options.solver
+                )
                 if read != job.row:  # the next clip stood in for it
                     raise UserError(f"{clips.rows[job.row]['cache']}: not readable")
                 frames = to_frames(video)
@@ -648,7 +649,7 @@ def main():
     scorers = read_scorers(options, device)
     if rank == 0:
         preset = find_preset(options.model, options.ckpt, options.shift)
-        if preset.folder is None:
+        if not preset.shipped:
             solver, steps = options.solver, options.sampling_steps
             print(sampling_assumptions(options.model, solver, steps, preset.shift, 1, options.base_lora), flush=True)
         begin(options, tuned)

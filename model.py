@@ -103,6 +103,11 @@ class Preset:
     boundary: float | None = None  # sigma at which the low-noise expert takes over (A14B)
     folder: Path | None = None  # where its weights are, if they ship with the repo
 
+    @property
+    def shipped(self):
+        """Do its weights ship with the repo? Then it is the tiny model, in fp32."""
+        return self.folder is not None
+
 
 # fmt: off
 WAN22_MEAN = (

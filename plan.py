@@ -25,8 +25,8 @@ from torch.utils.flop_counter import flop_registry
 
 from cli import option, parse_options, run
 from model import CONFIGS, WanDiT, WanVAE, add_lora
-from reward import ArcFace, FaceReward, Faces, folded, velocity_kl
-from sample import latent_size, pin, rollout, sigmas, velocity
+from reward import ArcFace, FaceReward, Faces, fold_batch_norms, velocity_kl
+from sample import latent_size, rollout, sigmas, velocity, with_first_frame
 from train import TrainOptions, Tuning, ipro_step
 from weights import KEPT_FP32
 
@@ -161,7 +161,7 @@ def straight_step(tuning, batch, noise):
             with torch.no_grad():
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)
             loss = loss + options.kl_weight * velocity_kl(v, v_ref, float(sigma[i])).sum() / options.window
-            x = pin(x + float(sigma[i + 1] - sigma[i]) * v, first)
+            x = with_first_frame(x + float(sigma[i + 1] - sigma[i]) * v, first)
     with record_function("decode"):
         video = wan.vae.decode(x)
         score, _ = tuning.reward.score(video, batch["pool"], batch["pool_mask"], options.fsm)
@@ -205,7 +205,7 @@ def simulate(options, step=ipro_step):
         vae = PlannedVAE(preset.vae).requires_grad_(False)
         vae.compute_dtype = torch.bfloat16
         weigh("VAE")
-        reward = FaceReward(detector, folded(ArcFace((3, 13, 30, 3)).eval().requires_grad_(False)))
+        reward = FaceReward(detector, fold_batch_norms(ArcFace((3, 13, 30, 3)).eval().requires_grad_(False)))
         weigh("face net")
         reference = dit
         if full:

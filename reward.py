@@ -262,11 +262,11 @@ class FaceDetector:
         return faces
 
 
-def usable(faces):
+def alignable(faces):
     """The `Faces` of a frame that can be aligned, largest first: one whose landmarks fit no similarity (a detector's
     answer to noise) counts as none."""
     area = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1)
-    area = area.where(similarity(faces.landmarks)[0].isfinite() & (area > 0), -torch.inf)
+    area = area.where(similarity_transform(faces.landmarks)[0].isfinite() & (area > 0), -torch.inf)
     order = area.argsort(descending=True, stable=True)[: int((area > -torch.inf).sum())]
     return faces.pick(order)
 
@@ -280,7 +280,7 @@ TEMPLATE = torch.tensor(
 )
 
 
-def similarity(landmarks):
+def similarity_transform(landmarks):
     """Least-squares similarity from landmarks [n, 5, 2] to the template (Umeyama 1991, in closed form).
 
     Returns (a, b, tx, ty), each [n]:  u = a x - b y + tx,  v = b x + a y + ty. They are NaN where no
@@ -305,9 +305,9 @@ def align(frames, landmarks, index=None, size=112):
     i in frame i). One `grid_sample` for all faces, from the full frame straight to the crop; outside the
     frame all is black, as in InsightFace's face_align. A face larger than its crop is sampled on a finer grid
     and averaged, others are not. Another `size` scales the template. Raises ValueError where landmarks fit no
-    similarity (see there); `usable` lets none of those through.
+    similarity (see there); `alignable` lets none of those through.
     """
-    a, b, tx, ty = (size / 112 * t for t in similarity(landmarks))
+    a, b, tx, ty = (size / 112 * t for t in similarity_transform(landmarks))
     tx, ty = tx + (size / 112 - 1) / 2, ty + (size / 112 - 1) / 2  # pixel centres, not corners, are at whole numbers
     if not a.isfinite().all():
         face = int(a.isfinite().long().argmin())
@@ -418,7 +418,7 @@ class ArcFace(nn.Module):
             k = wrong[0]
             raise UserError(f"{path}: not an ArcFace IResNet: {k} is {have.get(k)}, wanted {want.get(k)}")
         model.load_state_dict({k: state[k].float() for k in want}, strict=False)
-        return folded(model.eval().requires_grad_(False))
+        return fold_batch_norms(model.eval().requires_grad_(False))
 
 
 class FrozenConv2d(nn.Conv2d):
@@ -442,7 +442,7 @@ class ScaleShift(nn.Module):
 
 
 @torch.no_grad()
-def folded(model):
+def fold_batch_norms(model):
     """A frozen ArcFace with its batch-norms folded into the convolutions before them; changed in place.
 
     Its graph then keeps the inputs of the PReLUs alone: the whole reward takes 2 to 3 times less memory
@@ -548,7 +548,7 @@ def read_encoder(path):
 # Several people: which face is whose
 
 
-def link(frames, likeness=0.3):
+def link_identities(frames, likeness=0.3):
     """Link faces into identities over time: embeddings [n_f, D] of each frame to the identity number of each.
 
     Identities start in the first frame that shows faces. A later frame's faces go to those identities that make the
@@ -571,7 +571,7 @@ def link(frames, likeness=0.3):
     return numbers
 
 
-def assign(embeddings, clip, frame, anchors):
+def assign_identities(embeddings, clip, frame, anchors):
     """Which face is whose: the rows of the faces that are someone's [m], and the identity that each is [m].
 
     embeddings [n, D] of faces with clip and frame numbers [n]; anchors [B, P, D], the identities of each clip (zero:
@@ -586,6 +586,7 @@ def assign(embeddings, clip, frame, anchors):
             if real[here[i], p]:
                 pairs.append([int(here[i]), int(p)])
     return torch.tensor(pairs, device=frame.device, dtype=torch.long).view(-1, 2).unbind(1)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # All together
@@ -622,7 +623,7 @@ class FaceReward:
         Returns the number of the frame that each is in [n]; a dict of boxes [n, 4], landmarks [n, 5, 2] and embeddings
         [n, D]; and how many faces each frame shows [F].
         """
-        detections = [usable(faces) for faces in self.detector(frames)]
+        detections = [alignable(faces) for faces in self.detector(frames)]
         count = torch.tensor([len(faces) for faces in detections])
         detections = [faces.pick(slice(most)) for faces in detections]
         place = torch.arange(len(frames)).repeat_interleave(torch.tensor([len(faces) for faces in detections]))
@@ -639,8 +640,9 @@ class FaceReward:
         """The largest face of every frame of video [B, 3, F, H, W] in [-1, 1], embedded with gradient.
 
         With anchors [B, P, D], embeddings of P identities (zero: none), the face of each identity instead, see
-        `assign`. Returns a dict of mask [B, F] bool, boxes [B, F, 4] and landmarks [B, F, 5, 2] in pixels, embeddings
-        [B, F, D], zero where there is no face, each [B, P, F, ...] with anchors; and count [B, F], the faces found.
+        `assign_identities`. Returns a dict of mask [B, F] bool, boxes [B, F, 4] and landmarks [B, F, 5, 2] in pixels,
+        embeddings [B, F, D], zero where there is no face, each [B, P, F, ...] with anchors; and count [B, F], the
+        faces found.
         """
         B, _, T, _, _ = video.shape
         place, faces, count = self.embed(video.transpose(1, 2).flatten(0, 1), most=1 if anchors is None else None)
@@ -648,7 +650,7 @@ class FaceReward:
         people, shape = 1, (B, T)
         if anchors is not None:
             people, shape = anchors.shape[1], (B, anchors.shape[1], T)
-            rows, who = assign(faces["embeddings"], place // T, place, anchors)
+            rows, who = assign_identities(faces["embeddings"], place // T, place, anchors)
             faces = {name: value[rows] for name, value in faces.items()}
             place = (place[rows] // T * people + who) * T + place[rows] % T
         found = dict(count=count.view(B, T))
@@ -660,13 +662,13 @@ class FaceReward:
     def identities(self, video, most=2, seen=0.1):
         """The pool of a true clip [1, 3, F, H, W]: embeddings [P, F, D] and mask [P, F], P ≤ `most` identities.
 
-        Faces are linked over time by `link`. The identity seen most comes first; those in less than a share `seen` of
-        the frames are left out.
+        Faces are linked over time by `link_identities`. The identity seen most comes first; those in less than a share
+        `seen` of the frames are left out.
         """
         frames = video[0].transpose(0, 1)
         place, faces, count = self.embed(frames)
         embeddings = faces["embeddings"]
-        numbers = link(embeddings.split(count.tolist()))
+        numbers = link_identities(embeddings.split(count.tolist()))
         who = torch.tensor([k for row in numbers for k in row], device=frames.device, dtype=torch.long)
         times = torch.bincount(who)
         chosen = [int(k) for k in times.argsort(descending=True, stable=True)[:most] if times[k] >= seen * len(frames)]

@@ -38,7 +38,7 @@ def sigmas(steps, shift, start=1.0):
     return shift * s / (1 + (shift - 1) * s)
 
 
-def pin(x, first):
+def with_first_frame(x, first):
     """The latent x [B, C, F', h, w] with frame 0 replaced by the picture's latent `first` [B, C, 1, h, w]; None: x."""
     return x if first is None else torch.cat([first.type_as(x), x[:, :, 1:]], 2)
 
@@ -79,11 +79,11 @@ def rollout(dit, noise, first, context, sigma, window=0, y=None, progress=iter, 
     steps = len(sigma) - 1
     if not 0 <= window <= steps:
         raise ValueError(f"window is {window} steps, the sampler takes {steps}")
-    x = pin(noise, first)
+    x = with_first_frame(noise, first)
     latents = [x] if window == steps else []
     for i in progress(range(steps)):
         v = velocity(dit, x, sigma[i], context, y)
-        x = pin(advance(x, v, sigma[i], sigma[i + 1], fresh and fresh[i]), first)
+        x = with_first_frame(advance(x, v, sigma[i], sigma[i + 1], fresh and fresh[i]), first)
         if i + 1 >= steps - window:
             latents.append(x)
     return latents
@@ -104,7 +104,8 @@ def window_backward(dit, latents, sigma, context, grad, y=None, fresh=None):
     """
     last = len(sigma) - 1
     for i in range(last - 1, last - len(latents), -1):
-        grad = pin(grad, None if y is not None else torch.zeros_like(grad[:, :, :1]))  # frame 0 is written over
+        if y is None:  # the next latent's frame 0 is written over
+            grad = with_first_frame(grad, torch.zeros_like(grad[:, :, :1]))
         x = latents[i - last - 1].detach().requires_grad_()
         v = velocity(dit, x, sigma[i], context, y)
         yield i, x, v, (grad * advance(x, v, sigma[i], sigma[i + 1], fresh and fresh[i])).sum()
@@ -115,7 +116,7 @@ def window_backward(dit, latents, sigma, context, grad, y=None, fresh=None):
 # Noise, guidance and UniPC: what sampling takes beyond the method
 
 
-def noise_like(shape, *seed):
+def seeded_noise(shape, *seed):
     """Standard normal noise of a shape that depends on the integers `seed` only, not on device or batch."""
     entropy = np.random.SeedSequence((len(seed), *seed))  # their number first: to numpy (1,) and (1, 0) are alike
     generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
@@ -126,10 +127,10 @@ def fresh_noise(shape, steps, *seeds, device="cpu"):
     """The noise that a renoise sampler's steps add, a list of N; None for the last step, which ends at the data.
 
     shape [B, C, F', h, w]; seeds: of each of the B samples a tuple of integers (or one integer), which with the step is
-    all that its noise depends on, as the first noise does (`noise_like` of the same).
+    all that its noise depends on, as the first noise does (`seeded_noise` of the same).
     """
     seeds = [seed if isinstance(seed, tuple) else (seed,) for seed in seeds]
-    draws = [torch.stack([noise_like(shape[1:], *seed, i) for seed in seeds]).to(device) for i in range(1, steps)]
+    draws = [torch.stack([seeded_noise(shape[1:], *seed, i) for seed in seeds]).to(device) for i in range(1, steps)]
     return [*draws, None]
 
 
@@ -162,7 +163,7 @@ def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
         r = (lam[i - 1] - lam[i]) / h
         return (data[i - 1] - data[i]) / r, r
 
-    x, last, data, order = pin(noise, first), None, [], 0
+    x, last, data, order = with_first_frame(noise, first), None, [], 0
     for i in progress(range(steps)):
         v = velocity(dit, x, int(1000 * sigma[i] + 1e-5) / 1000, context, y)
         data.append(x - sigma[i] * v)
@@ -179,7 +180,7 @@ def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
         order = min(2, i + 1, steps - i)
         last = x
         D = 0.5 * slope(i, lam[i + 1] - lam[i])[0] if order == 2 else 0.0
-        x = pin(step(i, i + 1, x, data[i], D), first)
+        x = with_first_frame(step(i, i + 1, x, data[i], D), first)
         data[: i - 1] = [None] * max(0, i - 1)  # only the last two are needed
     return x
 
@@ -255,7 +256,7 @@ def decode(vae, latent):
 # Pictures and clips on disk
 
 
-def fit(image, size):
+def cover_and_crop(image, size):
     """A PIL image resized to cover `size` = (height, width) and centre-cropped to it, as uint8 [H, W, 3]."""
     h, w = size
     scale = max(w / image.width, h / image.height)
@@ -383,7 +384,7 @@ def main():
     preset = find_preset(options.model, options.ckpt, options.shift)
     frames = preset.frames if options.frames is None else options.frames
     steps = options.steps or preset.steps
-    tiny = preset.folder is not None
+    tiny = preset.shipped
     picture = read_picture(options.image)
     size = options.size or (preset.size if tiny else best_size(preset, *picture.size))
     shape = latent_size(preset, frames, size)
@@ -397,8 +398,8 @@ def main():
     wan = load_model(options.model, options.ckpt, device, dtype, keep=False, loras=loras, base_loras=base)
     negative = options.negative if options.negative is not None else "" if tiny else NEGATIVE
     contexts = wan.encode_text([options.prompt, negative] if cfg != 1 else [options.prompt])
-    first, y = condition(wan, fit(picture, size), frames)
-    noise = noise_like((1, preset.dit.out_dim, *shape), options.seed).to(device)
+    first, y = condition(wan, cover_and_crop(picture, size), frames)
+    noise = seeded_noise((1, preset.dit.out_dim, *shape), options.seed).to(device)
     dit = wan.dit if cfg == 1 else guided(wan.dit, contexts[1:], cfg)
     bar = functools.partial(tqdm, desc="sampling")
     if solver == "unipc":

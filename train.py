@@ -54,9 +54,9 @@ from model import ASSETS, CONFIGS, add_lora, lora_disabled
 from reward import FaceReward, velocity_kl
 from sample import (
     fresh_noise,
-    noise_like,
     rollout,
     sampling_assumptions,
+    seeded_noise,
     sigmas,
     velocity,
     window_backward,
@@ -165,7 +165,7 @@ def optimisation_step(tuning, clips, step, micro_batches, optimizer):
         batch = batch_at(clips, options, step, samples)
         shape = clips.latent_shape(tuning.wan.preset, batch["row"][0])  # clips of a micro-batch are of one size
         seeds = [(options.seed, step, k) for k in samples]
-        noise = torch.stack([noise_like(shape, *seed) for seed in seeds]).to(clips.device)
+        noise = torch.stack([seeded_noise(shape, *seed) for seed in seeds]).to(clips.device)
         fresh = None
         if options.solver == "renoise":
             fresh = fresh_noise(noise.shape, options.sampling_steps, *seeds, device=clips.device)
@@ -471,7 +471,7 @@ def export_weights(tuning, path):
             expert = {} if tuning.wan.preset.boundary is None else {"expert": "low"}
             save_lora(tuning.tuned, path / "lora.safetensors", expert)
         return
-    dtype = torch.bfloat16 if tuning.wan.preset.folder is None else torch.float16
+    dtype = torch.float16 if tuning.wan.preset.shipped else torch.bfloat16
     tensors = {}
     for name, value in tuning.tuned.state_dict().items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2's: all ranks take part
@@ -626,7 +626,7 @@ def main():
     micro_batches = micro_batches_of(options, rank, ranks)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     out = Path(options.out)
-    if CONFIGS[options.model].folder is None:
+    if not CONFIGS[options.model].shipped:
         shift = options.shift or CONFIGS[options.model].shift
         say(sampling_assumptions(options.model, options.solver, options.sampling_steps, shift, 1, options.base_lora))
     torch.manual_seed(options.seed)  # of the LoRA, the same on every rank

@@ -44,8 +44,11 @@ def decode(path, begin=0.0):
                 if first is None:
                     first, shape = now, (frame.width, frame.height)
                     if frame.color_trc in (16, 18):  # PQ, HLG
-                        raise Refused("hdr", "HDR (PQ or HLG); make it SDR first: ffmpeg -i IN -vf zscale=t=linear:"
-                                             "npl=100,tonemap=hable,zscale=p=709:t=709:m=709,format=yuv420p OUT")
+                        raise Refused(
+                            "hdr",
+                            "HDR (PQ or HLG); make it SDR first: ffmpeg -i IN -vf zscale=t=linear:"
+                            "npl=100,tonemap=hable,zscale=p=709:t=709:m=709,format=yuv420p OUT",
+                        )
                     if begin > 2:
                         with contextlib.suppress(av.FFmpegError):  # what cannot be searched is decoded from here
                             container.seek(int((float(first) + begin - 1) / unit), stream=stream)

@@ -864,7 +864,7 @@ class Wan:
             module.to(self.device)
         if part != "text":
             module.compute_dtype = self.compute_dtype
-        if self.preset.folder is None:
+        if not self.preset.shipped:
             kind = f"{done.tensors} tensors, {done.precision}, {done.layout}"
             print(f"{NAMES[part]}: {kind}: {self.paths[part]}", flush=True)
         add_own_loras(module, part, self.base_loras, merge_lora)
@@ -909,7 +909,7 @@ def find_preset(name, ckpt=None, shift=None):
     """
     if name not in CONFIGS:
         raise UserError(f"--model {name}: unknown preset; choose from {', '.join(CONFIGS)}")
-    if not ckpt and CONFIGS[name].folder is None:
+    if not ckpt and not CONFIGS[name].shipped:
         raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
     return replace(CONFIGS[name], shift=shift) if shift else CONFIGS[name]
 
@@ -924,7 +924,7 @@ def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), s
     """
     preset = find_preset(name, ckpt, shift)
     if dtype is None:
-        dtype = torch.float32 if preset.folder else torch.bfloat16
+        dtype = torch.float32 if preset.shipped else torch.bfloat16
     return Wan(name, preset, ckpt, device, dtype, keep, loras, shard, compute_dtype, base_loras)
 
 

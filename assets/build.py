@@ -295,7 +295,7 @@ def turning(wan, reward, clips, count=60):
     import torch
     from tqdm import tqdm
 
-    from sample import noise_like, rollout, sigmas
+    from sample import rollout, seeded_noise, sigmas
 
     right, total, faces, frames = 0, 0, 0, 0
     for row in tqdm(clips.spread(count), "turning"):
@@ -305,7 +305,7 @@ def turning(wan, reward, clips, count=60):
         for sign, word in ((-1, "left"), (1, "right")):
             with torch.no_grad():
                 context = wan.encode_text([f"{person} turns {word}"])
-                noise = noise_like((1, *batch["first"].shape[1:2], 5, *batch["first"].shape[3:]), row, sign + 1)
+                noise = seeded_noise((1, *batch["first"].shape[1:2], 5, *batch["first"].shape[3:]), row, sign + 1)
                 (latent,) = rollout(wan.dit, noise, batch["first"], context, sigmas(8, wan.preset.shift))
                 info = reward.detect_and_embed(wan.vae.decode(latent))
             turned = turn_of(info)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from eval import compute_dtype
 from model import WanDiT
 from reward import FaceReward
-from sample import noise_like, pin, rollout, sigmas, velocity
+from sample import rollout, seeded_noise, sigmas, velocity, with_first_frame
 from weights import load_model, load_weights, write_safetensors
 
 CLIPS, BATCH, MICRO_BATCH = 1_000_000, 64, 16  # clips that a run sees; a step's; those in work at once on a CPU
@@ -165,7 +165,7 @@ def flow_loss(dit, latent, context, sigma, noise):
     latent x_0 and noise [B, z, F', h, w], context [B, L, text_dim], sigma [B].
     """
     s = sigma.view(-1, 1, 1, 1, 1)
-    x = pin((1 - s) * latent + s * noise, latent[:, :, :1])
+    x = with_first_frame((1 - s) * latent + s * noise, latent[:, :, :1])
     t = (1000 * sigma)[:, None].repeat(1, x.shape[2])
     t[:, 0] = 0
     v = dit(x, t, context)
@@ -303,7 +303,7 @@ def train(work, out, start=None, threads=2, read=read_split, **options):
 def heldout_loss(dit, data, count=32):
     """The loss on the first `count` held-out clips, their noise fixed, by noise level."""
     latent, context = data.batch(np.arange(min(count, len(data))))
-    noise = torch.stack([noise_like(latent.shape[1:], 0, i) for i in range(len(latent))]).to(latent.device)
+    noise = torch.stack([seeded_noise(latent.shape[1:], 0, i) for i in range(len(latent))]).to(latent.device)
     found = {}
     for sigma in GRID:
         parts = zip(latent.split(16), context.split(16), noise.split(16))
@@ -324,12 +324,12 @@ def likeness(dit, vae, reward, data, count=60):
     found, errors = {}, {}
     for part in np.array_split(rows, -(-len(rows) // 8)):
         latent, context = data.batch(part)
-        noise = torch.stack([noise_like(latent.shape[1:], 0, int(i)) for i in part]).to(latent.device)
+        noise = torch.stack([seeded_noise(latent.shape[1:], 0, int(i)) for i in part]).to(latent.device)
         first, true = latent[:, :, :1], vae.decode(latent)
         predictions = {}
         for s in (0.9, 0.7):
-            x = pin((1 - s) * latent + s * noise, first)
-            predictions[f"sigma_{s}"] = pin(x - s * velocity(dit, x, s, context), first)
+            x = with_first_frame((1 - s) * latent + s * noise, first)
+            predictions[f"sigma_{s}"] = with_first_frame(x - s * velocity(dit, x, s, context), first)
         for shift in (5, 20):
             (predictions[f"shift_{shift}"],) = rollout(dit, noise, first, context, sigmas(8, shift))
         target = None

@@ -1,10 +1,10 @@
 """What data.py takes and finds, on films made here.
 
-    python tests/bench_data.py cuts      find_cuts on generated cuts, dissolves and fades, and PySceneDetect's detectors
-                                         where there is one (pip install scenedetect opencv-python-headless)
-    python tests/bench_data.py speed     the tiny world's clips and a 720p film, with one worker and with two
-    python tests/bench_data.py memory    peak memory of a film of 30 seconds and of one of 10 minutes
-    python tests/bench_data.py kills     killed at 20 random moments and continued: the bytes of an unbroken run
+python tests/bench_data.py cuts      find_cuts on generated cuts, dissolves and fades, and PySceneDetect's detectors
+                                     where there is one (pip install scenedetect opencv-python-headless)
+python tests/bench_data.py speed     the tiny world's clips and a 720p film, with one worker and with two
+python tests/bench_data.py memory    peak memory of a film of 30 seconds and of one of 10 minutes
+python tests/bench_data.py kills     killed at 20 random moments and continued: the bytes of an unbroken run
 """
 
 import hashlib
@@ -115,6 +115,7 @@ def cuts(folder, count=24):
     except ImportError:
         print("PySceneDetect is not installed: pip install scenedetect opencv-python-headless")
     else:
+
         def library(detector):
             return lambda path: [(s[0].frame_num,) * 2 for s in scenedetect.detect(str(path), detector())[1:]]
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
-from reward import ArcFace, FaceDetector, FaceReward, folded, similarity, usable  # noqa: E402
+from reward import ArcFace, FaceDetector, FaceReward, alignable, fold_batch_norms, similarity_transform  # noqa: E402
 from sample import read_video, to_tensor  # noqa: E402
 
 VARIANTS = ("ours", "loop")
@@ -38,10 +38,10 @@ def loop(reward, video, pool):
     scores = []
     for t in range(video.shape[2]):
         frame = video[:, :, t]
-        faces = usable(reward.detector(frame)[0])
+        faces = alignable(reward.detector(frame)[0])
         if not len(faces):
             continue
-        a, b, tx, ty = (float(x) for x in similarity(faces.landmarks[:1]))
+        a, b, tx, ty = (float(x) for x in similarity_transform(faces.landmarks[:1]))
         inverse = torch.linalg.inv(torch.tensor([[a, -b, tx], [b, a, ty], [0, 0, 1]]))
         unit = torch.tensor([[width / 2, 0, (width - 1) / 2], [0, height / 2, (height - 1) / 2], [0, 0, 1]])
         theta = (torch.linalg.inv(unit) @ inverse @ unit)[None, :2]
@@ -61,7 +61,7 @@ def measure(variant, frames):
     video = video.repeat(1, 1, -(-frames // video.shape[2]), 1, 1)[:, :, :frames].contiguous().requires_grad_()
     encoder = ArcFace((3, 4, 14, 3)).eval().requires_grad_(False)
     if variant != "loop":  # which has the plain layers
-        encoder = folded(encoder)  # as from_file returns it
+        encoder = fold_batch_norms(encoder)  # as from_file returns it
     reward = FaceReward(FaceDetector(REPO / "assets/detector.onnx"), encoder)
     pool = torch.randn(frames, 512)
     with torch.no_grad():

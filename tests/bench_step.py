@@ -287,7 +287,7 @@ def cosine(which, seed):
     import model
     from data import Clips
     from reward import FaceReward
-    from sample import noise_like, rollout, sigmas
+    from sample import rollout, seeded_noise, sigmas
     from weights import load_model
 
     if which == "tiny":
@@ -295,7 +295,7 @@ def cosine(which, seed):
         clips = Clips(model.ASSETS / "data", "heldout")
         row = clips.spread(6)[seed]
         batch, vae = clips.batch([row]), wan.vae
-        noise = noise_like((1, *clips.latent_shape(wan.preset, row)), 3, row)
+        noise = seeded_noise((1, *clips.latent_shape(wan.preset, row)), 3, row)
         x = rollout(wan.dit, noise, batch["first"], batch["context"], sigmas(8, 5.0))[0]
         score = lambda video: reward.score(video, batch["pool"], batch["pool_mask"])[0].sum()
     else:

@@ -147,7 +147,7 @@ def troublemakers(tmp_path_factory):
     write(clips / "ten_bit.mp4", good, pix_fmt="yuv420p10le")
     see_through = np.concatenate([good, np.full_like(good[..., :1], 9)], -1)
     write(clips / "alpha.mov", see_through, codec="qtrle", pix_fmt="argb")
-    write(clips / "it's a \"name\" ünd 名.mp4", good)
+    write(clips / 'it\'s a "name" ünd 名.mp4', good)
     (clips / "loop.mp4").symlink_to("loop.mp4")
     (clips / "around").symlink_to(clips)
     flipped = bytearray(write(clips / "flipped.mp4", good, crf=8).read_bytes())
@@ -189,7 +189,7 @@ def test_every_file_of_a_folder_ends_in_one_list_with_the_right_reason(troublema
         assert re.search(REASONS[row["clip"]], row["reason"]), row
     assert {row["clip"] for row in refused} == REASONS.keys()
     names = Counter(row["clip"].split("@")[0] for row in kept)
-    assert names == {"good": 1, "ten_bit": 1, "alpha": 1, "it's a \"name\" ünd 名": 1, "late": 1, "three_minutes": 6}
+    assert names == {"good": 1, "ten_bit": 1, "alpha": 1, 'it\'s a "name" ünd 名': 1, "late": 1, "three_minutes": 6}
     assert len(names.keys() | {Path(r["clip"]).stem for r in refused}) == len(list_items(folder / "clips"))
     assert f"{len(kept)} clips kept, {len(refused)} refused" in said
     late = next(row for row in kept if row["clip"] == "late")

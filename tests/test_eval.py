@@ -42,7 +42,7 @@ from eval import (
 )
 from model import ASSETS, add_lora
 from reward import CLIPVision, FaceReward
-from sample import fit, read_video, to_tensor, write_video
+from sample import cover_and_crop, read_video, to_tensor, write_video
 from tests.test_cli import REPO, run
 from weights import Lora, load_model, save_lora
 
@@ -288,7 +288,7 @@ def test_dino_s_and_clip_s_features_are_transformers_own(vbench_weights, clips):
     import transformers
     from safetensors.torch import load_file
 
-    frames = torch.from_numpy(np.stack([fit(Image.fromarray(f), (240, 416)) for f in clips.video(0)[:3]]))
+    frames = torch.from_numpy(np.stack([cover_and_crop(Image.fromarray(f), (240, 416)) for f in clips.video(0)[:3]]))
     networks = external.read_networks(vbench_weights)
     assert set(networks) == {"SC", "BC", "AQ"}
     x = frames.permute(0, 3, 1, 2).double()
@@ -451,7 +451,7 @@ def write_set(folder, wan, clips, rows):
     (folder / "cache").mkdir(parents=True)
     index = []
     for row in rows:
-        frames = np.stack([fit(Image.fromarray(f[24:104, 24:104]), (64, 64)) for f in clips.video(row)[:5]])
+        frames = np.stack([cover_and_crop(Image.fromarray(f[24:104, 24:104]), (64, 64)) for f in clips.video(row)[:5]])
         about, name = clips.rows[row], clips.rows[row]["clip"].replace("/", "_")
         write_video(folder / f"{name}.mp4", frames, 8)
         saved, _ = read_video(folder / f"{name}.mp4")
@@ -686,13 +686,16 @@ def page_after(path, script=""):
 def test_the_report_shows_tables_curves_and_cases_and_needs_nothing_else(whole):
     text = (whole / "report.html").read_text()
     assert not any(link in text for link in ('src="http', 'href="http', "@import", "<link"))
-    dom = page_after(whole / "report.html", """
+    dom = page_after(
+        whole / "report.html",
+        """
         addEventListener("error", event => { document.title = event.message; });
         setTimeout(() => {
           const widths = [...document.querySelectorAll("video")].map(video => video.videoWidth);
           document.title = "widths " + widths.join(" ");
         }, 2000);
-    """)
+    """,
+    )
     assert f"<title>widths {' '.join(['384'] * 6)}</title>" in dom  # six versions of 64 px, side by side, decoded
     for text in ("Table 1", "Motion and expression", "lora − base", "hardly moves", "Not computed: SC, BC"):
         assert text in dom

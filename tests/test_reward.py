@@ -20,12 +20,12 @@ from reward import (
     FaceReward,
     Faces,
     align,
+    alignable,
     face_score,
-    folded,
-    link,
+    fold_batch_norms,
+    link_identities,
     read_encoder,
-    similarity,
-    usable,
+    similarity_transform,
     velocity_kl,
 )
 from sample import read_video, to_tensor
@@ -75,7 +75,7 @@ def test_similarity_is_umeyama_with_noisy_landmarks():
     for landmarks in (turned(0.6, 10, (30, 40), 3.0), turned(2.5, -70, (300, 90), 8.0)):
         points, template = landmarks[0].numpy(), TEMPLATE.double().numpy()
         theirs = transform.SimilarityTransform.from_estimate(points, template)
-        a, b, tx, ty = (float(x) for x in similarity(landmarks))
+        a, b, tx, ty = (float(x) for x in similarity_transform(landmarks))
         assert np.allclose([[a, -b, tx], [b, a, ty], [0, 0, 1]], theirs.params, atol=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_align_equals_skimage_warp_with_a_black_border(shift):
     transform = pytest.importorskip("skimage.transform")
     frames, landmarks = smooth(2, 160, 200), turned(0.8, 20, shift, 1.0)
     ours = align(frames, landmarks, torch.tensor([1]))[0].permute(1, 2, 0).numpy()
-    a, b, tx, ty = (float(x) for x in similarity(landmarks))
+    a, b, tx, ty = (float(x) for x in similarity_transform(landmarks))
     matrix = transform.SimilarityTransform(np.array([[a, -b, tx], [b, a, ty], [0, 0, 1]]))
     picture = (frames[1].permute(1, 2, 0).numpy() + 1) / 2
     theirs = transform.warp(picture, matrix.inverse, output_shape=(112, 112), order=1, mode="constant", cval=0)
@@ -104,7 +104,7 @@ def test_align_of_rendered_faces_is_insightface_s_warp_to_a_level_and_puts_their
         landmarks = torch.from_numpy(points)[None]
         crop = align(to_tensor(frame[None])[0].transpose(0, 1).double(), landmarks)[0].permute(1, 2, 0).numpy()
         assert np.abs((crop + 1) / 2 - theirs).mean() < 0.05 / 255
-        a, b, tx, ty = (float(x) for x in similarity(landmarks))
+        a, b, tx, ty = (float(x) for x in similarity_transform(landmarks))
         moved = points @ np.array([[a, b], [-b, a]]) + [tx, ty]
         assert np.abs(moved - match(points)).max() < 1e-6
 
@@ -144,7 +144,7 @@ def test_align_gradient_is_the_finite_difference_and_is_zero_outside_the_crop():
         slope = (value(frames + step * direction) - value(frames - step * direction)) / (2 * step)
     assert float((grad * direction).sum()) == pytest.approx(float(slope), rel=1e-6)
     assert landmarks.grad is None
-    a, b, tx, ty = (float(x) for x in similarity(landmarks))
+    a, b, tx, ty = (float(x) for x in similarity_transform(landmarks))
     y, x = torch.meshgrid(torch.arange(96.0), torch.arange(120.0), indexing="ij")
     u, v = a * x - b * y + tx, b * x + a * y + ty
     margin = 2 * np.hypot(a, b)  # bilinear reach of a pixel, in crop pixels
@@ -311,10 +311,10 @@ def test_faces_come_largest_first_and_one_without_a_similarity_is_none():
         boxes = torch.tensor([[0, 0, side, side] for side, _ in found]).float().view(-1, 4)
         return Faces(boxes, torch.ones(len(found)), torch.stack([p for _, p in found] or [one])[: len(found)])
 
-    two = usable(faces((20, five), (40, five + 9)))
+    two = alignable(faces((20, five), (40, five + 9)))
     assert torch.equal(two.landmarks, torch.stack([five + 9, five])) and two.boxes[:, 2].tolist() == [40, 20]
-    assert len(usable(faces())) == len(usable(faces((50, one)))) == 0
-    assert usable(faces((9, one), (5, five))).boxes[:, 2].tolist() == [5]
+    assert len(alignable(faces())) == len(alignable(faces((50, one)))) == 0
+    assert alignable(faces((9, one), (5, five))).boxes[:, 2].tolist() == [5]
 
 
 def test_the_tiled_pass_finds_small_faces_and_keeps_large_ones():
@@ -461,7 +461,7 @@ def test_another_file_of_insightface_s_folders_is_named_as_what_it_is(tmp_path):
 def test_a_folded_network_gives_the_values_and_the_gradient_of_its_plain_layers():
     """Batch-norms go into convolutions and activations are not kept: nothing but that changes."""
     crops, results = smooth(2, 112, 112), []
-    for model in (random_arcface().double(), folded(random_arcface().double())):
+    for model in (random_arcface().double(), fold_batch_norms(random_arcface().double())):
         x = crops.clone().requires_grad_()
         y = model(x)
         (grad,) = torch.autograd.grad(y.square().sum(), x)
@@ -474,7 +474,7 @@ def test_a_folded_network_gives_the_values_and_the_gradient_of_its_plain_layers(
 def test_a_folded_network_keeps_the_inputs_of_its_prelus_only():
     kept = []
     x = smooth(2, 112, 112).float().requires_grad_()
-    model = folded(random_arcface())
+    model = fold_batch_norms(random_arcface())
     weights = {w.data_ptr() for w in (*model.parameters(), *model.buffers())}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         model(x)
@@ -526,7 +526,7 @@ def test_iresnet50_has_the_released_layers():
 
 def test_weights_are_read_back_from_every_layout_with_the_size_from_their_shapes(tmp_path):
     model, crops = random_arcface(), smooth(2, 112, 112).float()
-    expected = folded(random_arcface())(crops)
+    expected = fold_batch_norms(random_arcface())(crops)
     write_safetensors(model.state_dict(), tmp_path / "a.safetensors")
     write_safetensors(
         {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()},
@@ -755,8 +755,8 @@ def test_faces_are_linked_over_time_whatever_their_order():
     a, b, c = F.normalize(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     frames = [torch.stack([a, b]), torch.stack([b, a]), torch.zeros(0, 64), torch.stack([b]), torch.stack([c, a, b])]
     noisy = [f + 0.05 * torch.randn(f.shape, generator=torch.Generator().manual_seed(1)) for f in frames]
-    assert link(noisy) == [[0, 1], [1, 0], [], [1], [2, 0, 1]]
-    assert link([]) == [] and link([torch.zeros(0, 64)]) == [[]]
+    assert link_identities(noisy) == [[0, 1], [1, 0], [], [1], [2, 0, 1]]
+    assert link_identities([]) == [] and link_identities([torch.zeros(0, 64)]) == [[]]
 
 
 def test_a_clip_without_a_face_has_no_identities():

@@ -17,21 +17,21 @@ from reward import velocity_kl
 from sample import (
     advance,
     best_size,
-    fit,
+    cover_and_crop,
     fresh_noise,
     guided,
     latent_size,
-    noise_like,
-    pin,
     read_picture,
     read_video,
     rollout,
+    seeded_noise,
     sigmas,
     to_frames,
     to_tensor,
     unipc,
     velocity,
     window_backward,
+    with_first_frame,
     write_video,
 )  # fmt: skip
 
@@ -80,10 +80,10 @@ def test_unipc_equals_diffusers_scheduler(steps, shift):
     def dit(x, t, context):
         return torch.sin(3 * x) + t[:, None, :, None, None] / 1000 - x.roll(1, 2)
 
-    x = pin(noise, first)
+    x = with_first_frame(noise, first)
     for t in scheduler.timesteps:
         v = velocity(dit, x, t / 1000, None)
-        x = pin(scheduler.step(v, t, x).prev_sample, first)
+        x = with_first_frame(scheduler.step(v, t, x).prev_sample, first)
     ours = unipc(dit, noise.double(), first, None, steps, shift)
     assert (ours - x).abs().max() < 2e-4  # the scheduler computes its coefficients in fp32
 
@@ -169,7 +169,7 @@ def test_rollout_pins_the_first_frame_in_every_latent_and_after_the_last_step(sc
 def test_rollout_is_the_plain_euler_solution(scene):
     dit, noise, first, context = scene
     s = sigmas(3, 5.0)
-    x = pin(noise, first)
+    x = with_first_frame(noise, first)
     for i in range(3):
         t = 1000 * s[i] * torch.tensor([[0.0, 1, 1]] * 2, dtype=torch.float64)
         x = torch.cat([first, (x + (s[i + 1] - s[i]) * dit(x, t, context))[:, :, 1:]], 2)
@@ -193,7 +193,7 @@ def test_window_gradient_equals_autograd_through_the_last_steps(scene, window):
     for i in range(4 - window, 4):
         v = velocity(dit, x, s[i], context)
         loss = loss + penalty(v, x, i)
-        x = pin(x + float(s[i + 1] - s[i]) * v, first)
+        x = with_first_frame(x + float(s[i + 1] - s[i]) * v, first)
     assert torch.allclose(x, latents[-1], rtol=1e-12, atol=1e-12)
     loss = loss + (x * target).sum()
     expected = torch.autograd.grad(loss, [start, *dit.parameters()])
@@ -226,7 +226,7 @@ def test_the_kl_s_gradient_passes_through_v_s_latent_and_not_through_the_referen
             seen = v if of_v else velocity(dit, x.detach(), s[i], context)
             v_ref = velocity(reference, x if of_reference else x.detach(), s[i], context)
             loss = loss + velocity_kl(seen, v_ref, float(s[i])).sum()
-            x = pin(x + float(s[i + 1] - s[i]) * v, first)
+            x = with_first_frame(x + float(s[i + 1] - s[i]) * v, first)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(dit.parameters()))])
 
     def penalty(v, x, i):
@@ -267,9 +267,9 @@ def test_a_window_longer_than_the_rollout_is_refused(scene):
 
 
 def test_noise_depends_on_its_seeds_only():
-    assert torch.equal(noise_like((3, 4), 1, 2), noise_like((3, 4), 1, 2))
-    assert not torch.equal(noise_like((3, 4), 1, 2), noise_like((3, 4), 2, 1))
-    assert abs(noise_like((100000,), 5).std() - 1) < 0.02
+    assert torch.equal(seeded_noise((3, 4), 1, 2), seeded_noise((3, 4), 1, 2))
+    assert not torch.equal(seeded_noise((3, 4), 1, 2), seeded_noise((3, 4), 2, 1))
+    assert abs(seeded_noise((100000,), 5).std() - 1) < 0.02
 
 
 def test_latent_size_refuses_frame_counts_that_are_not_4n_plus_1():
@@ -286,7 +286,7 @@ def test_latent_size_refuses_frame_counts_that_are_not_4n_plus_1():
 def test_fit_covers_and_crops_the_centre():
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
-    out = fit(image, (64, 64))
+    out = cover_and_crop(image, (64, 64))
     assert out.shape == (64, 64, 3) and (out[:, 4:-4] == (0, 0, 255)).all()
 
 
@@ -342,13 +342,13 @@ def test_a_rollout_with_fresh_noise_predicts_the_data_and_noises_it_again(kind):
     dit, noise, first, y, context, fresh = renoise_scene(kind)
     sigma = sigmas(4, 5.0)
     latents = rollout(dit, noise, first, context, sigma, 4, y, fresh=fresh)
-    x = pin(noise, first)
+    x = with_first_frame(noise, first)
     with torch.no_grad():
         for i in range(4):
             assert torch.equal(latents[i], x)
             x0 = x - float(sigma[i]) * velocity(dit, x, sigma[i], context, y)
             x = x0 if i == 3 else (1 - float(sigma[i + 1])) * x0 + float(sigma[i + 1]) * fresh[i]
-            x = pin(x, first)
+            x = with_first_frame(x, first)
     assert torch.allclose(latents[4], x, rtol=1e-12, atol=1e-12)
     euler = rollout(dit, noise, first, context, sigma, 0, y)
     assert torch.equal(euler[0], rollout(dit, noise, first, context, sigma, 0, y, fresh=[None] * 4)[0])
@@ -365,7 +365,7 @@ def test_its_window_gradient_is_autograds(kind, window):
     for i in range(4 - window, 4):
         v = velocity(dit, x, sigma[i], context, y)
         loss = loss + 0.1 * v.square().sum()
-        x = pin(advance(x, v, sigma[i], sigma[i + 1], fresh[i]), first)
+        x = with_first_frame(advance(x, v, sigma[i], sigma[i + 1], fresh[i]), first)
     parameters = [p for p in dit.parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss + (probe * x).sum(), parameters)
     dit.zero_grad()
@@ -383,7 +383,7 @@ def test_fresh_noise_is_the_samples_own_and_new_at_every_step():
     assert a[-1] is None and len(a) == 4
     both = fresh_noise((2, 2, 3), 4, (7, 1), (7, 2))
     assert all(torch.equal(x, torch.cat([y, z])) for x, y, z in zip(both[:3], a, b))
-    drawn = [noise_like((1, 2, 3), 7, 1), *a[:3], *b[:3]]
+    drawn = [seeded_noise((1, 2, 3), 7, 1), *a[:3], *b[:3]]
     assert not any(torch.equal(p, q) for i, p in enumerate(drawn) for q in drawn[:i])
 
 

@@ -25,7 +25,7 @@ from eval import mean_metrics, sample_held_out
 from model import ASSETS, CONFIGS, add_lora, lora_disabled
 from plan import PlanOptions, simulate
 from reward import FaceReward, velocity_kl
-from sample import noise_like, read_video, rollout, sigmas, velocity
+from sample import read_video, rollout, seeded_noise, sigmas, velocity
 from tests.test_cli import REPO, run
 from weights import load_model
 
@@ -44,7 +44,7 @@ def scene():
     wan, reward = load_model("tiny"), FaceReward.from_folder(ASSETS)
     clips = Clips(ASSETS / "data", "train")
     batch = clips.batch([0, 5])
-    noise = torch.stack([noise_like(clips.latent_shape(wan.preset, 0), 3, k) for k in range(2)])
+    noise = torch.stack([seeded_noise(clips.latent_shape(wan.preset, 0), 3, k) for k in range(2)])
     torch.manual_seed(0)
     parameters = add_lora(wan.dit, 8)
     return tuning_of(wan, reward), batch, noise, parameters
