@@ -227,6 +227,10 @@ class Clips:
                 f"--data {folder}: no index.jsonl in it; make the set with: python data.py CLIPS --out {folder}"
             )
         rows = read_rows(index)
+        for number, row in enumerate(rows, 1):
+            if lost := {"clip", "cache", "caption", "split", "frames", "size"} - row.keys():
+                lost = ", ".join(sorted(lost))
+                raise UserError(f"{index}: line {number} lacks {lost}; make the set again with data.py")
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
             raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
@@ -308,12 +312,12 @@ class Clips:
 
 
 def read_rows(path):
-    """The lines of a .jsonl file as dicts. UserError for one that is not JSON."""
+    """The lines of a .jsonl file as dicts. UserError for one that is not a JSON object."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         try:
             rows.append(dict(json.loads(line)))
-        except ValueError:
+        except (ValueError, TypeError):
             raise UserError(f"{path}: line {number} is not JSON: {line[:60]}") from None
     return rows
 

@@ -44,7 +44,7 @@ FLOPS = flop_registry | {  # a CPU's fused attention, which fake tensors take, k
 @dataclass
 class PlanOptions:
     model: str = option("wan5b", "preset", choices=tuple(CONFIGS))
-    frames: int | None = option(None, "of the clip, 4n+1; default: the preset's")
+    frames: int | None = option(None, "of the clip, 4n+1; default: the preset's", least=1)
     size: tuple[int, int] | None = option(None, "of the clip, HxW in pixels; default: the preset's")
     lora_rank: int = option(32, "rank of the LoRA; 0 tunes all weights", least=0)
     gpus: int = option(1, "over how many all weights are sharded (a LoRA's base is whole on each)", least=1)

@@ -13,6 +13,7 @@ time: exactly the truncated chain's gradient, with the memory of one step whatev
 import functools
 import itertools
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +190,9 @@ def unipc(dit, noise, first, context, steps, shift, y=None, progress=iter):
 # The picture that a clip starts from
 
 
+MOST_PIXELS, MOST_FRAMES = 2**24, 4093  # 4096 x 4096 is 18 times 720p; Wan's rotary table ends at 1024 latent frames
+
+
 def latent_size(preset, frames, size):
     """(F', h, w) of a clip of `frames` frames of `size` = (height, width) pixels; UserError if it cannot be."""
     ft, fs, _ = preset.vae.stride
@@ -198,6 +202,8 @@ def latent_size(preset, frames, size):
         raise UserError(f"--frames {frames}: the VAE codes {ft}n+1 frames; the nearest is {near}")
     if size[0] % fs or size[1] % fs or min(size) <= 0:
         raise UserError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {fs}")
+    if size[0] * size[1] > MOST_PIXELS or frames > MOST_FRAMES:
+        raise UserError(f"{frames} frames of {size[0]}x{size[1]}: at most {MOST_FRAMES} frames of {MOST_PIXELS} pixels")
     return (
         (frames - 1) // ft + 1,
         size[0] * preset.dit.patch_size[1] // fs,
@@ -269,13 +275,15 @@ def read_picture(path):
     """A picture as a PIL image in RGB. UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
+            if min(image.size) < 16:
+                raise UserError(f"--image {path}: {image.width}x{image.height} pixels; the smaller side is at least 16")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255: all white
                 image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"--image {path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"--image {path}: not a readable picture ({error})") from None
 
 
@@ -359,7 +367,7 @@ class SampleOptions:
     cfg: float | None = option(None, "classifier-free guidance, 1 = off (distilled weights); default: the preset's",
                                least=0)  # fmt: skip
     negative: str | None = option(None, "negative prompt, where cfg is on; default: the reference's, none for tiny")
-    frames: int | None = option(None, "frames of the clip, 4n+1; default: the preset's")
+    frames: int | None = option(None, "frames of the clip, 4n+1; default: the preset's", least=1)
     size: tuple[int, int] | None = option(None, "HxW in pixels; default: the picture's shape at the preset's area")
     precision: str = option("", "of transformer and text encoder; default: bf16, and fp32 for tiny",
                             choices=("", "bf16", "fp32"))  # fmt: skip
@@ -381,6 +389,8 @@ def main():
         raise UserError("--image FILE is needed: the picture that the clip starts from")
     if Path(options.out).suffix != ".mp4" or not Path(options.out).absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: must be an .mp4 file in a folder that exists")
+    if Path(options.out).is_dir() or not os.access(Path(options.out).absolute().parent, os.W_OK):
+        raise UserError(f"--out {options.out}: cannot be written there; name another file")
     preset = find_preset(options.model, options.ckpt, options.shift)
     frames = preset.frames if options.frames is None else options.frames
     steps = options.steps or preset.steps

@@ -271,7 +271,13 @@ def resolve(given):
         out = Path(given.get("out", TrainOptions.out))
         if not (out / "options.json").is_file():
             raise UserError(f"--resume: {out} holds no run (no options.json)")
-        saved = json.loads((out / "options.json").read_text())
+        try:
+            saved = dict(json.loads((out / "options.json").read_text()))
+        except ValueError as error:
+            raise UserError(f"{out / 'options.json'}: not readable ({error}); start again with another --out") from None
+        if unknown := sorted(saved.keys() - fields.keys()):
+            raise UserError(f"{out / 'options.json'}: of another version of train.py, it has {', '.join(unknown)}; "
+                            f"go on with that version, or start again with another --out")  # fmt: skip
         changed = [k for k, v in given.items() if not fields[k].get("resumable") and saved.get(k) != v]
         if changed:
             raise UserError(f"--resume: {out} was run with another --{changed[0]} ({saved.get(changed[0])})")
@@ -290,6 +296,8 @@ def check(options):
         raise UserError("--reward_weight 0 and --kl_weight 0: nothing is left to optimise")
     if options.window > options.sampling_steps:
         raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
+    if options.lora_rank > preset.dit.dim:
+        raise UserError(f"--lora_rank {options.lora_rank}: more than the model's width, {preset.dit.dim}")
     if preset.boundary:
         low = int((sigmas(options.sampling_steps, preset.shift)[:-1] < preset.boundary).sum())
         if options.window > low:
@@ -303,6 +311,16 @@ def check(options):
         raise UserError(f"--out {out}: nothing can be written to {place}; name another folder")
     if not options.resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: exists and is not empty; name another folder, or continue it with --resume")
+
+
+def divided_among(ranks, options, given):
+    """The options with a batch and micro-batch that the ranks can share, where the command line leaves them open."""
+    batch, micro = options.batch, options.micro_batch
+    if not given.keys() & {"batch", "resume"}:
+        batch = -(-batch // ranks) * ranks
+    if "micro_batch" not in given and batch % ranks == 0:
+        micro = max(m for m in range(1, micro + 1) if batch // ranks % m == 0)
+    return dataclasses.replace(options, batch=batch, micro_batch=micro)
 
 
 def micro_batches_of(options, rank, ranks):
@@ -497,8 +515,13 @@ class Log:
             return
         path = out / "log.jsonl"
         if path.exists():
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [r for r in rows if r["step"] < start or (r["step"] == start and "held_out" in r)]
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    if row["step"] < start or (row["step"] == start and "held_out" in row):
+                        self.rows.append(row)
+                except (ValueError, KeyError, TypeError):  # torn by a crash
+                    print(f"{path}: line {number} is not readable and left out", flush=True)
         part = path.with_suffix(".part")
         part.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
         part.replace(path)
@@ -620,11 +643,15 @@ def make_folder(options, out):
 
 
 def main():
-    options = resolve(given_options(TrainOptions, doc=__doc__))
-    check(options)
+    given = given_options(TrainOptions, doc=__doc__)
+    chosen = resolve(given)
+    check(chosen)
     rank, ranks, device = start_ranks()
+    options = divided_among(ranks, chosen, given)
     micro_batches = micro_batches_of(options, rank, ranks)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    if options != chosen:
+        say(f"--batch {options.batch} --micro_batch {options.micro_batch}, so that {ranks} rank(s) share a step")
     out = Path(options.out)
     if not CONFIGS[options.model].shipped:
         shift = options.shift or CONFIGS[options.model].shift

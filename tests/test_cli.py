@@ -37,6 +37,13 @@ MISTAKES = [
     ("sample.py", ["--image", "grey.png", "--out", "nowhere/a.mp4"], "folder that exists"),
     ("sample.py", ["--image", "grey.png", "--lora", "none.safetensors"], "none.safetensors: no such file"),
     ("sample.py", ["--image", "grey.png", "--size", "128"], "not HxW"),
+    ("sample.py", ["--image", "grey.png", "--size", "16000x16000"], "at most 4093 frames of 16777216 pixels"),
+    ("sample.py", ["--image", "grey.png", "--frames", "1000000001"], "at most 4093 frames"),
+    ("sample.py", ["--image", "grey.png", "--out", "folder.mp4"], "cannot be written there"),
+    ("sample.py", ["--image", "dot.png"], "1x1 pixels; the smaller side is at least 16"),
+    ("sample.py", ["--image", "huge.png"], "huge.png: not a readable picture"),
+    ("sample.py", ["--image", "grey.png", "--shift", "nan"], "must be a finite number"),
+    ("sample.py", ["--image", "grey.png", "--cfg", "inf"], "must be a finite number"),
     ("sample.py", ["--colour", "red"], "--colour"),
     ("train.py", ["--steps", "many"], "--steps"),
     ("train.py", ["--model", "wan9"], "unknown preset"),
@@ -51,7 +58,15 @@ MISTAKES = [
     ("train.py", ["--decay", "2"], "at most 1"),
     ("train.py", ["--moving", "1.5"], "at most 1"),
     ("train.py", ["--frames", "81"], "--frames"),
+    ("train.py", ["--lora_rank", "1000000"], "more than the model's width"),
+    ("train.py", ["--steps", "1000000000"], "at most 999999"),
+    ("train.py", ["--out", "broken", "--resume"], "options.json: not readable"),
+    ("train.py", ["--out", "foreign", "--resume"], "another version of train.py, it has colour"),
+    ("train.py", ["--data", "torn"], "index.jsonl: line 1 is not JSON"),
+    ("train.py", ["--data", "short"], "index.jsonl: line 1 lacks cache, caption, frames, size, split"),
+    ("train.py", ["--batch", "0"], "at least 1"),
     ("plan.py", ["--frames", "80"], "nearest is 81"),
+    ("plan.py", ["--frames", "0"], "at least 1"),
     ("plan.py", ["--model", "tiny9"], "choose from tiny, wan5b, wan14b"),
     ("train.py", ["--reward_weight", "0", "--kl_weight", "0"], "nothing is left to optimise"),
     ("train.py", ["--data", "empty"], "index.jsonl"),
@@ -61,6 +76,10 @@ MISTAKES = [
     ("train.py", ["--out", "grey.png/run"], "grey.png; name another folder"),
     ("data.py", ["empty", "--out", "made"], "no video in it"),
     ("data.py", ["empty", "--out", "full"], "not empty"),
+    ("data.py", ["nowhere", "--out", "made"], "nowhere: no such folder or file"),
+    ("data.py", ["empty", "--out", "made", "--people", "0"], "at least 1"),
+    ("data.py", ["empty", "--out", "made", "--split", "nan"], "must be a finite number"),
+    ("data.py", ["empty", "--out", "made", "--coverage", "2"], "at most 1"),
     ("eval.py", [], "python train.py"),
     ("eval.py", ["--lora", "none.safetensors"], "none.safetensors: no such file"),
     ("eval.py", ["--out", "grey.png/run"], "grey.png; name another folder"),
@@ -79,8 +98,15 @@ MISTAKES = [
 def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tmp_path):
     Image.fromarray(np.full((100, 120, 3), 128, np.uint8)).save(tmp_path / "grey.png")
     (tmp_path / "text.png").write_text("hello")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
+    for name in ("empty", "full", "broken", "foreign", "torn", "short", "folder.mp4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken/options.json").write_text("{")
+    (tmp_path / "foreign/options.json").write_text('{"colour": "red"}')
+    (tmp_path / "torn/index.jsonl").write_bytes(b'\xff{"clip": "a", "cac')
+    (tmp_path / "short/index.jsonl").write_text('{"clip": "a"}')
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    if "huge.png" in arguments:
+        Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
     (tmp_path / "full/something").write_text("kept")
     before = sorted(tmp_path.rglob("*"))
     done = run(program, *arguments, cwd=tmp_path)

@@ -187,6 +187,15 @@ def test_the_step_data_are_a_function_of_seed_and_step():
     assert seen[3][1:] == train.batch_at(clips, OPTIONS, 3, range(1, 2))["row"]  # another rank's part
 
 
+def test_a_batch_that_nobody_chose_is_one_that_the_ranks_can_share():
+    for ranks, batch, micro in ((1, 3, 3), (2, 4, 2), (3, 3, 1), (4, 4, 1), (8, 8, 1)):
+        options = train.divided_among(ranks, train.resolve({}), {})
+        assert (options.batch, options.micro_batch) == (batch, micro)
+        assert len(train.micro_batches_of(options, 0, ranks)) == batch // ranks // micro
+    chosen = train.divided_among(2, train.resolve(dict(batch=3)), dict(batch=3))
+    assert chosen.batch == 3  # what was asked for is refused, not changed
+
+
 def test_the_ranks_share_a_batch_without_overlap_and_refuse_one_that_does_not_divide():
     options = dataclasses.replace(OPTIONS, batch=12, micro_batch=2)
     parts = [[k for numbers in train.micro_batches_of(options, rank, 3) for k in numbers] for rank in range(3)]
