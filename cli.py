@@ -63,6 +63,13 @@ def pixels(text):
     return height, width
 
 
+def check_can_be_made(folder):
+    """UserError where --out, a folder that may not exist yet, is a file or lies where this user cannot write."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {folder}: nothing can be written to {place}; name another folder")
+
+
 def given_options(cls, argv=None, doc=None, positional=()):
     """What the command line gives of the dataclass `cls`, checked, as a dict. UserError for anything else in it."""
     parser = argparse.ArgumentParser(

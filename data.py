@@ -44,7 +44,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cli import UserError, option, parse_options, run
+from cli import UserError, check_can_be_made, option, parse_options, run
 from model import ASSETS, CONFIGS
 from reward import FaceReward, alignable, link_identities
 from sample import best_size, condition, cover_and_crop, latent_size, read_picture, to_tensor
@@ -228,8 +228,8 @@ class Clips:
             )
         rows = read_rows(index)
         for number, row in enumerate(rows, 1):
-            if lost := {"clip", "cache", "caption", "split", "frames", "size"} - row.keys():
-                lost = ", ".join(sorted(lost))
+            lost = ", ".join(sorted({"clip", "cache", "caption", "split", "frames", "size"} - row.keys()))
+            if lost:
                 raise UserError(f"{index}: line {number} lacks {lost}; make the set again with data.py")
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
@@ -708,7 +708,7 @@ def check_options(options):
     if options.frames is None:
         options.frames = preset.frames
     if options.max_face is None:
-        options.max_face = 750.0 if preset.folder else 100.0  # tiny: 100 px of its frames of 128
+        options.max_face = 750.0 if preset.shipped else 100.0  # tiny: 100 px of its frames of 128
     if options.vlm_captions and not options.vlm:
         raise UserError("--vlm_captions: needs --vlm URL, who writes them")
     options.size = options.size or preset.size
@@ -726,8 +726,9 @@ def named_splits(items):
 
 def check_out(out, options):
     """UserError where a folder cannot be made, or what was begun in it not be gone on with."""
+    check_can_be_made(out)
     if not (out / "options.json").is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and any(out.iterdir()):
             raise UserError(f"--out {out}: exists and is not empty; name another folder")
         return
     with contextlib.suppress(ValueError):  # a kill cut it short: nothing else was begun

@@ -34,7 +34,17 @@ from tqdm import tqdm
 
 import external_metrics
 import report
-from cli import UserError, gathered, leave_ranks, option, parse_options, rank_and_ranks, run, start_ranks
+from cli import (
+    UserError,
+    check_can_be_made,
+    gathered,
+    leave_ranks,
+    option,
+    parse_options,
+    rank_and_ranks,
+    run,
+    start_ranks,
+)
 from data import Clips
 from model import ASSETS, CONFIGS
 from report import CONTROLS
@@ -538,9 +548,7 @@ def tuned_models(options):
 def check(options):
     """Refuse what cannot work before anything is read or written."""
     out = Path(options.out)
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {out}: nothing can be written to {place}; name another folder")
+    check_can_be_made(out)
     if out.exists() and any(out.iterdir()) and not (out / "options.json").is_file():
         raise UserError(f"--out {out}: exists, is not empty and is no evaluation; name another folder")
     if options.vbench and not (Path(options.vbench) / "bin/vbench").is_file():

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from cli import UserError, option, parse_options, run
@@ -283,7 +283,7 @@ def read_picture(path):
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"--image {path}: no such file") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
         raise UserError(f"--image {path}: not a readable picture ({error})") from None
 
 
@@ -387,9 +387,10 @@ def main():
     options = parse_options(SampleOptions, doc=__doc__)
     if not options.image:
         raise UserError("--image FILE is needed: the picture that the clip starts from")
-    if Path(options.out).suffix != ".mp4" or not Path(options.out).absolute().parent.is_dir():
+    out = Path(options.out)
+    if out.suffix != ".mp4" or not out.absolute().parent.is_dir():
         raise UserError(f"--out {options.out}: must be an .mp4 file in a folder that exists")
-    if Path(options.out).is_dir() or not os.access(Path(options.out).absolute().parent, os.W_OK):
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise UserError(f"--out {options.out}: cannot be written there; name another file")
     preset = find_preset(options.model, options.ckpt, options.shift)
     frames = preset.frames if options.frames is None else options.frames

@@ -37,7 +37,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from cli import UserError, gathered, given_options, leave_ranks, option, rank_and_ranks, run, start_ranks
+from cli import (
+    UserError,
+    check_can_be_made,
+    gathered,
+    given_options,
+    leave_ranks,
+    option,
+    rank_and_ranks,
+    run,
+    start_ranks,
+)
 from data import Clips
 from eval import (
     Judge,
@@ -273,7 +283,7 @@ def resolve(given):
             raise UserError(f"--resume: {out} holds no run (no options.json)")
         try:
             saved = dict(json.loads((out / "options.json").read_text()))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # no JSON; no object
             raise UserError(f"{out / 'options.json'}: not readable ({error}); start again with another --out") from None
         if unknown := sorted(saved.keys() - fields.keys()):
             raise UserError(f"{out / 'options.json'}: of another version of train.py, it has {', '.join(unknown)}; "
@@ -306,9 +316,7 @@ def check(options):
                 f"{options.sampling_steps} steps"
             )
     out = Path(options.out)
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {out}: nothing can be written to {place}; name another folder")
+    check_can_be_made(out)
     if not options.resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: exists and is not empty; name another folder, or continue it with --resume")
 

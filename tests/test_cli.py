@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataOptions
-from eval import EvalOptions
-from plan import PlanOptions
-from sample import SampleOptions
-from train import TrainOptions
+import cli
+import data
+import eval as evaluation
+import plan
+import sample
+import train
 
 REPO = Path(__file__).parent.parent
 
@@ -61,6 +62,7 @@ MISTAKES = [
     ("train.py", ["--lora_rank", "1000000"], "more than the model's width"),
     ("train.py", ["--steps", "1000000000"], "at most 999999"),
     ("train.py", ["--out", "broken", "--resume"], "options.json: not readable"),
+    ("train.py", ["--out", "listed", "--resume"], "options.json: not readable"),
     ("train.py", ["--out", "foreign", "--resume"], "another version of train.py, it has colour"),
     ("train.py", ["--data", "torn"], "index.jsonl: line 1 is not JSON"),
     ("train.py", ["--data", "short"], "index.jsonl: line 1 lacks cache, caption, frames, size, split"),
@@ -77,6 +79,7 @@ MISTAKES = [
     ("data.py", ["empty", "--out", "made"], "no video in it"),
     ("data.py", ["empty", "--out", "full"], "not empty"),
     ("data.py", ["nowhere", "--out", "made"], "nowhere: no such folder or file"),
+    ("data.py", ["empty", "--out", "grey.png/set"], "grey.png; name another folder"),
     ("data.py", ["empty", "--out", "made", "--people", "0"], "at least 1"),
     ("data.py", ["empty", "--out", "made", "--split", "nan"], "must be a finite number"),
     ("data.py", ["empty", "--out", "made", "--coverage", "2"], "at most 1"),
@@ -90,17 +93,19 @@ MISTAKES = [
     ("eval.py", ["--tally", "empty"], "study_key.json"),
     ("eval.py", ["--seeds", "0"], "at least 1"),
     ("eval.py", ["--people", "some"], "choose from largest, all"),
-    ("assets/build.py", ["everything"], "stages are: clips, more"),
 ]
+PROGRAMS = {"sample.py": sample, "train.py": train, "plan.py": plan, "data.py": data, "eval.py": evaluation}
 
 
 @pytest.mark.parametrize("program, arguments, told", MISTAKES, ids=[" ".join([m[0], *m[1]])[:60] for m in MISTAKES])
-def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tmp_path):
+def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tmp_path, monkeypatch, capfd):
+    """In this process, which has read torch already: the same main() under the same cli.run."""
     Image.fromarray(np.full((100, 120, 3), 128, np.uint8)).save(tmp_path / "grey.png")
     (tmp_path / "text.png").write_text("hello")
-    for name in ("empty", "full", "broken", "foreign", "torn", "short", "folder.mp4"):
+    for name in ("empty", "full", "broken", "listed", "foreign", "torn", "short", "folder.mp4"):
         (tmp_path / name).mkdir()
     (tmp_path / "broken/options.json").write_text("{")
+    (tmp_path / "listed/options.json").write_text("[1]")
     (tmp_path / "foreign/options.json").write_text('{"colour": "red"}')
     (tmp_path / "torn/index.jsonl").write_bytes(b'\xff{"clip": "a", "cac')
     (tmp_path / "short/index.jsonl").write_text('{"clip": "a"}')
@@ -109,17 +114,35 @@ def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tm
         Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
     (tmp_path / "full/something").write_text("kept")
     before = sorted(tmp_path.rglob("*"))
-    done = run(program, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    message = done.stderr.strip().splitlines()
-    assert len(message) == 1 and told in message[0], done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.run(PROGRAMS[program].main)
+    message = capfd.readouterr().err
+    assert end.value.code == 2, message
+    assert len(message.strip().splitlines()) == 1 and told in message, message
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mistake_of_a_process_is_its_exit_status(tmp_path):
+    for program, arguments, told in (
+        ("sample.py", ["--image", "none.png"], "sample.py: --image none.png: no such file"),
+        ("train.py", ["--window", "9"], "train.py: --window 9: more than the 8 sampling steps"),
+        ("data.py", ["nowhere", "--out", "made"], "data.py: nowhere: no such folder or file"),
+        ("eval.py", ["--seeds", "0"], "eval.py: --seeds 0: at least 1"),
+        ("plan.py", ["--frames", "0"], "plan.py: --frames 0: at least 1"),
+        ("assets/build.py", ["everything"], "stages are: clips, more"),
+    ):
+        done = run(program, *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and told in done.stderr, done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 def test_help_lists_every_option_with_its_default(tmp_path):
     for program, options in (
-        ("sample.py", SampleOptions), ("data.py", DataOptions), ("train.py", TrainOptions), ("eval.py", EvalOptions),
-        ("plan.py", PlanOptions),
+        ("sample.py", sample.SampleOptions), ("data.py", data.DataOptions), ("train.py", train.TrainOptions),
+        ("eval.py", evaluation.EvalOptions), ("plan.py", plan.PlanOptions),
     ):  # fmt: skip
         done = run(program, "--help", cwd=tmp_path)
         told = "".join(done.stdout.split())
