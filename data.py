@@ -227,16 +227,16 @@ class Clips:
                 f"--data {folder}: no index.jsonl in it; make the set with: python data.py CLIPS --out {folder}"
             )
         rows = read_rows(index)
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(rows, 1):  # a set from elsewhere may say what it likes
+            cache = str(row.get("cache", ""))
+            if os.path.isabs(cache) or os.path.normpath(cache).startswith(".."):
+                raise UserError(f"{index}: line {number}: the cache file {cache} is outside the folder")
             lost = ", ".join(sorted({"clip", "cache", "caption", "split", "frames", "size"} - row.keys()))
             if lost:
                 raise UserError(f"{index}: line {number} lacks {lost}; make the set again with data.py")
         self.rows = [row for row in rows if row["split"] == split]
         if not self.rows:
             raise UserError(f"--data {folder}: none of its {len(rows)} clips is in the split {split!r}")
-        for row in self.rows:  # a set from elsewhere may say what it likes
-            if os.path.isabs(row["cache"]) or os.path.normpath(row["cache"]).startswith(".."):
-                raise UserError(f"{index}: the cache file {row['cache']} of {row['clip']} is outside the folder")
         if moving < 1:
             if any("travel" not in row for row in self.rows):
                 raise UserError(f"--moving: {folder} does not say how its faces move; make it anew with data.py")

@@ -275,8 +275,6 @@ def read_picture(path):
     """A picture as a PIL image in RGB. UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            if min(image.size) < 16:
-                raise UserError(f"--image {path}: {image.width}x{image.height} pixels; the smaller side is at least 16")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would cut at 255: all white
                 image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
@@ -397,6 +395,10 @@ def main():
     steps = options.steps or preset.steps
     tiny = preset.shipped
     picture = read_picture(options.image)
+    small, large = sorted(picture.size)
+    if small < 16 or large > 16 * small:  # nothing is on it; of a longer strip no clip's shape can be made
+        shown = f"{picture.width}x{picture.height} pixels"
+        raise UserError(f"--image {options.image}: {shown}; at least 16 a side and at most 16 times as long as wide")
     size = options.size or (preset.size if tiny else best_size(preset, *picture.size))
     shape = latent_size(preset, frames, size)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -41,7 +41,8 @@ MISTAKES = [
     ("sample.py", ["--image", "grey.png", "--size", "16000x16000"], "at most 4093 frames of 16777216 pixels"),
     ("sample.py", ["--image", "grey.png", "--frames", "1000000001"], "at most 4093 frames"),
     ("sample.py", ["--image", "grey.png", "--out", "folder.mp4"], "cannot be written there"),
-    ("sample.py", ["--image", "dot.png"], "1x1 pixels; the smaller side is at least 16"),
+    ("sample.py", ["--image", "dot.png"], "1x1 pixels; at least 16 a side"),
+    ("sample.py", ["--image", "line.png"], "5000x20 pixels; at least 16 a side and at most 16 times"),
     ("sample.py", ["--image", "huge.png"], "huge.png: not a readable picture"),
     ("sample.py", ["--image", "grey.png", "--shift", "nan"], "must be a finite number"),
     ("sample.py", ["--image", "grey.png", "--cfg", "inf"], "must be a finite number"),
@@ -110,6 +111,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tm
     (tmp_path / "torn/index.jsonl").write_bytes(b'\xff{"clip": "a", "cac')
     (tmp_path / "short/index.jsonl").write_text('{"clip": "a"}')
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (5000, 20)).save(tmp_path / "line.png")
     if "huge.png" in arguments:
         Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
     (tmp_path / "full/something").write_text("kept")
