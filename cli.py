@@ -1,4 +1,4 @@
-"""The terminal's side of every program here: options, mistakes, and the processes that torchrun starts.
+"""The terminal's side of every program here: options, mistakes, the folder --out, and torchrun's processes.
 
 A program's options are the fields of one dataclass. A field says its type, default, unit, bounds and choices in one
 place, `option`, from which --help, the parser and the checks follow. What a person can mend is a `UserError`: one
@@ -6,9 +6,14 @@ line on the terminal, exit status 2, nothing written.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
+import fcntl
+import json
 import math
 import os
+import socket
 import sys
 import time
 import types
@@ -17,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -63,13 +69,6 @@ def pixels(text):
     return height, width
 
 
-def check_can_be_made(folder):
-    """UserError where --out, a folder that may not exist yet, is a file or lies where this user cannot write."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--out {folder}: nothing can be written to {place}; name another folder")
-
-
 def given_options(cls, argv=None, doc=None, positional=()):
     """What the command line gives of the dataclass `cls`, checked, as a dict. UserError for anything else in it."""
     parser = argparse.ArgumentParser(
@@ -86,7 +85,8 @@ def given_options(cls, argv=None, doc=None, positional=()):
         if choices:
             text += f": {', '.join(filter(None, choices))}"
         if field.default not in (None, ""):
-            text += f" (default: {field.default})"
+            others = (f"; {name}: {v}" for name, v in field.metadata["about"].items() if not isinstance(v, bool))
+            text += f" (default: {field.default}{''.join(others)})"
         text = text.replace("%", "%%")
         if field.name in positional:
             parser.add_argument(field.name, type=kind, help=text)
@@ -107,18 +107,100 @@ def parse_options(cls, argv=None, doc=None, positional=()):
     return cls(**given_options(cls, argv, doc, positional))
 
 
+# errors of the operating system that a person can mend
+MENDABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM
+
+
 def run(main):
     """Run a program; a user's mistake is one line on the terminal and exit status 2, Ctrl-C one line and 130."""
     program = Path(sys.argv[0]).name
     try:
         sys.exit(main())
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes here make the same mistake
-            print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in MENDABLE:
+                raise
+            error = f"{error.filename or 'writing'}: {error.strerror}; mend that and run it again"
+        line = f"{program}: {error}"
+        if rank_and_ranks()[1] > 1:  # they have begun: it may be this rank's alone
+            print(f"rank {rank_and_ranks()[0]}: {line}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes here make the same mistake
+            print(line, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a report: this is its cause
+            Path(report).write_text(json.dumps(dict(message=line)))
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder --out, and what a program writes in it: complete or absent
+
+
+def check_can_be_made(folder):
+    """UserError where --out, a folder that may not exist yet, is a file or lies where this user cannot write."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out {folder}: nothing can be written to {place}; name another folder")
+
+
+def is_empty(folder):
+    """Holds a folder, which may not exist yet, nothing but what a run killed at its very start leaves?"""
+    return not folder.exists() or all(path.name == "lock" or ".part" in path.suffix for path in folder.iterdir())
+
+
+def lock_folder(folder):
+    """Make --out; returns its lock, a file that this process has open until it ends, however it ends.
+
+    UserError where another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"--out {folder}: process {lock.read()} is at work in it; name another folder") from None
+    except OSError:  # a file system without locks
+        return lock
+    lock.truncate(0)
+    print(f"{os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
+    return lock
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a path beside `path` to write to, which takes its place when all is written; a fault leaves neither.
+
+    UserError where it cannot be written, as on a full disk.
+    """
+    path, rank = Path(path), rank_and_ranks()[0]  # ranks may write the same file at once
+    part = path.with_name(f"{path.name}.part{rank or ''}")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: not written ({reason}); make room and run it again") from None
+        raise
+
+
+def write_text(path, text):
+    """Write a text file that is complete or absent at any moment."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def read_options(folder):
+    """What options.json in --out says, as a dict; None where there is none. UserError where it cannot be read."""
+    path = folder / "options.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else None
+    except (OSError, ValueError, TypeError) as error:  # no JSON; no object
+        raise UserError(f"{path}: not readable ({error}); start again with another --out") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

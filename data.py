@@ -19,7 +19,6 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import fcntl
 import functools
 import hashlib
 import html
@@ -44,7 +43,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cli import UserError, check_can_be_made, option, parse_options, run
+from cli import (
+    UserError,
+    check_can_be_made,
+    is_empty,
+    lock_folder,
+    option,
+    parse_options,
+    read_options,
+    run,
+    write_text,
+)
 from model import ASSETS, CONFIGS
 from reward import FaceReward, alignable, link_identities
 from sample import best_size, condition, cover_and_crop, latent_size, read_picture, to_tensor
@@ -693,13 +702,6 @@ def write_report(out, kept, refused, options):
 # are written; when every file has its lines, they are put in order as index.jsonl and rejected.jsonl.
 
 
-def write_text(path, text):
-    """Write a text file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-    part.replace(path)
-
-
 def check_options(options):
     """The preset as it is used here; defaults are filled in. UserError for options that cannot work."""
     preset = find_preset(options.model, options.ckpt)
@@ -727,16 +729,13 @@ def named_splits(items):
 def check_out(out, options):
     """UserError where a folder cannot be made, or what was begun in it not be gone on with."""
     check_can_be_made(out)
-    if not (out / "options.json").is_file():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out {out}: exists and is not empty; name another folder")
-        return
-    with contextlib.suppress(ValueError):  # a kill cut it short: nothing else was begun
-        begun, now = json.loads((out / "options.json").read_text()), options_of_set(options)
-        changed = [k for k in now if begun.get(k, now[k]) != now[k]]
-        if changed and read_parts(out):
-            k = changed[0]
-            raise UserError(f"--out {out}: begun with --{k} {begun[k]}, not {now[k]}; name another folder")
+    begun, now = read_options(out), options_of_set(options)
+    if begun is None and not is_empty(out):
+        raise UserError(f"--out {out}: exists and is not empty; name another folder")
+    changed = [k for k in now if begun and begun.get(k, now[k]) != now[k]]
+    if changed and read_parts(out):
+        k = changed[0]
+        raise UserError(f"--out {out}: begun with --{k} {begun[k]}, not {now[k]}; name another folder")
 
 
 def options_of_set(options):
@@ -828,23 +827,6 @@ def finish(out, items, options, named):
     return kept, refused
 
 
-def write_options(out, options):
-    """Write options.json; returns it open and locked until this process ends. UserError where it is locked already."""
-    (out / "parts").mkdir(parents=True, exist_ok=True)
-    lock = open(out / "options.json", "a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"--out {out}: another data.py is at work on it") from None
-    lock.seek(0)
-    text = json.dumps(options_of_set(options), indent=1) + "\n"
-    if lock.read() != text:
-        lock.truncate(0)
-        lock.write(text)
-        lock.flush()
-    return lock
-
-
 def prepare_files(todo, out, options, preset, rank, made_with):
     """Prepare files and append their lines to parts/. Returns seconds and frames a stage, and how many --vlm did not
     answer. made_with: the face encoder's fingerprint in what is done, in a list, empty if nothing is."""
@@ -880,7 +862,9 @@ def main():
     if ranks > 1:  # a rank may wait long for the others at the end
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     if rank == 0:
-        lock = write_options(out, options)
+        lock = lock_folder(out)
+        write_text(out / "options.json", json.dumps(options_of_set(options), indent=1) + "\n")
+        (out / "parts").mkdir(exist_ok=True)
     if ranks > 1:
         dist.barrier()
     began, done = time.perf_counter(), read_parts(out)

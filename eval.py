@@ -29,7 +29,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import external_metrics
@@ -38,12 +38,17 @@ from cli import (
     UserError,
     check_can_be_made,
     gathered,
+    is_empty,
     leave_ranks,
+    lock_folder,
     option,
     parse_options,
     rank_and_ranks,
+    read_options,
     run,
     start_ranks,
+    whole_file,
+    write_text,
 )
 from data import Clips
 from model import ASSETS, CONFIGS
@@ -277,9 +282,18 @@ def shown_rows(rows, most=SHOWN):
 
 
 def side_by_side(columns, rows):
-    """Several clips as one video: a row of the picture a clip, a column a version; columns: dicts of uint8 [F, H, W, 3]
-    by clip."""
-    return np.concatenate([np.concatenate([c[r] for c in columns], 2) for r in rows], 1)
+    """Several clips as one video, uint8: a row of the picture a clip, a column a version, its name above.
+
+    columns: of each version's name, uint8 [F, H, W, 3] by row.
+    """
+    grid = np.concatenate([np.concatenate([clips[r] for clips in columns.values()], 2) for r in rows], 1)
+    width = grid.shape[2] // len(columns)
+    size = max(10, width // 10)
+    title = Image.new("RGB", (grid.shape[2], 2 * size), "white")  # H.264 wants an even height
+    draw, font = ImageDraw.Draw(title), ImageFont.load_default(size)
+    for k, name in enumerate(columns):
+        draw.text(((k + 0.5) * width, size), name, "black", font, anchor="mm")
+    return np.concatenate([np.broadcast_to(np.asarray(title), (len(grid), *np.asarray(title).shape)), grid], 1)
 
 
 def compute_dtype(precision, device):
@@ -347,9 +361,8 @@ def input_picture(out, clips, job):
     """The picture that a job's clip starts from, uint8 [H, W, 3]; it is kept in --out/input."""
     path = out / "input" / f"{job.name}.png"
     if not path.exists():
-        part = path.with_name(f"{path.name}.part{rank_and_ranks()[0]}")
-        Image.fromarray(clips.video(job.row)[0]).save(part, "PNG")
-        part.replace(path)
+        with whole_file(path) as part:
+            Image.fromarray(clips.video(job.row)[0]).save(part, "PNG")
     return np.asarray(Image.open(path))
 
 
@@ -435,18 +448,19 @@ def score_clips(out, clips, jobs, scorers):
     with open(out / f"scores-{rank}.jsonl", "a") as log:
         print(file=log)  # ends a line that a kill has torn
         for job in tqdm(jobs[rank::ranks], "scores", disable=rank > 0):
-            try:
-                todo = [name for name in scorers if (job.file, name) not in known]
-                if todo:
+            todo = [name for name in scorers if (job.file, name) not in known]
+            if todo:
+                try:
                     frames, fps = read_video(out / "clips" / job.file)
                     check_shape(frames, job.shape)
                     picture = input_picture(out, clips, job)
-                for name in todo:
-                    known[job.file, name] = scorers[name](frames, picture, fps)
-                    print(json.dumps([job.file, name, known[job.file, name]]), file=log, flush=True)
-                scores.append((job, {k: v for name in scorers for k, v in known[job.file, name].items()}))
-            except UserError as error:
-                wrong[job.row] = f"{job.version}: {error}"
+                except UserError as error:
+                    wrong[job.row] = f"{job.version}: {error}"
+                    continue
+            for name in todo:
+                known[job.file, name] = scorers[name](frames, picture, fps)
+                print(json.dumps([job.file, name, known[job.file, name]]), file=log, flush=True)
+            scores.append((job, {k: v for name in scorers for k, v in known[job.file, name].items()}))
     return dict(gathered(scores)), dict(gathered(list(wrong.items())))
 
 
@@ -549,10 +563,12 @@ def check(options):
     """Refuse what cannot work before anything is read or written."""
     out = Path(options.out)
     check_can_be_made(out)
-    if out.exists() and any(out.iterdir()) and not (out / "options.json").is_file():
+    if not is_empty(out) and "tuned" not in (read_options(out) or {}):
         raise UserError(f"--out {out}: exists, is not empty and is no evaluation; name another folder")
     if options.vbench and not (Path(options.vbench) / "bin/vbench").is_file():
         raise UserError(f"--vbench {options.vbench}: no bin/vbench in it; pip install vbench==0.1.5 there")
+    if options.vlm and not options.vlm.startswith(("http://", "https://")):
+        raise UserError(f"--vlm {options.vlm}: not an address, as http://localhost:8000/v1 is one")
     if options.vbench_weights and not Path(options.vbench_weights).is_dir():
         raise UserError(f"--vbench_weights {options.vbench_weights}: no such folder")
     try:
@@ -568,25 +584,28 @@ def digest(path):
 
 
 def begin(options, tuned):
-    """Make --out, or go on with it: UserError where its clips are of other options, another set or other files."""
+    """Make --out, or go on with it; returns its lock.
+
+    UserError where another process has it, or where its clips are of other options, another set or other files.
+    """
     out = Path(options.out)
     about = {name: getattr(options, name) for name in FIXED} | dict(set=digest(Path(options.data) / "index.jsonl"))
     files = {name: [[digest(model.weights)]] if model.weights else [[digest(x.path), x.strength] for x in model.loras]
              for name, model in tuned.items()}  # fmt: skip
-    if (out / "options.json").is_file():
-        saved = json.loads((out / "options.json").read_text())
-        changed = [name for name, value in about.items() if saved[name] != value]
+    if saved := read_options(out):
+        changed = [name for name, value in about.items() if saved.get(name) != value]
         if changed:
-            before = "set of clips" if changed == ["set"] else f"--{changed[0]} ({saved[changed[0]]})"
+            before = "set of clips" if changed == ["set"] else f"--{changed[0]} ({saved.get(changed[0])})"
             raise UserError(f"--out {out}: was begun with another {before}; name another folder")
-        other = [name for name in files if saved["tuned"].get(name, files[name]) != files[name]]
+        done = saved["tuned"]
+        other = [name for name in files if done.get(name, files[name]) != files[name]]
         if other:
             raise UserError(f"--out {out}: its clips of {other[0]!r} are of another file; name another folder, or call "
                             "this model something else: --lora NAME=FILE")  # fmt: skip
-        files = saved["tuned"] | files
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "options.part").write_text(json.dumps(about | dict(tuned=files), indent=1))
-    (out / "options.part").replace(out / "options.json")
+        files = done | files
+    lock = lock_folder(out)
+    write_text(out / "options.json", json.dumps(about | dict(tuned=files), indent=1))
+    return lock
 
 
 def person_of(row, options):
@@ -637,8 +656,7 @@ def write_results(options, tuned, rows, problems):
     versions, differences = report.summarise(rows, tuned)
     results = dict(about=about, people=people, versions=versions, differences=differences, problems=problems,
                    missing=missing, clips=rows)  # fmt: skip
-    (out / "results.part").write_text(json.dumps(results, indent=1))
-    (out / "results.part").replace(out / "results.json")
+    write_text(out / "results.json", json.dumps(results, indent=1))
     report.write_report(results, out)
     if options.study:
         report.write_study(results, out, options.study)
@@ -655,23 +673,22 @@ def main():
     rank, _, device = start_ranks()
     clips = Clips(options.data, "heldout", device, options.model)
     scorers = read_scorers(options, device)
+    lock = None
     if rank == 0:
         preset = find_preset(options.model, options.ckpt, options.shift)
         if not preset.shipped:
             solver, steps = options.solver, options.sampling_steps
             print(sampling_assumptions(options.model, solver, steps, preset.shift, 1, options.base_lora), flush=True)
-        begin(options, tuned)
+        lock = begin(options, tuned)
     gathered([])  # until --out is there
-    try:
-        rows, problems = evaluate(options, tuned, clips, device, scorers)
-        if rank == 0:
-            for problem in problems:
-                print(f"left out: {problem['clip']}: {problem['reason']}")
-            if not rows:
-                raise UserError("no clip is left to compare")
-            write_results(options, tuned, rows, problems)
-    except (OSError, av.FFmpegError) as error:
-        raise UserError(f"--out {options.out}: {error}; make room and start it again: it goes on from here") from None
+    rows, problems = evaluate(options, tuned, clips, device, scorers)
+    if rank == 0:
+        for problem in problems:
+            print(f"left out: {problem['clip']}: {problem['reason']}")
+        if not rows:
+            raise UserError("no clip is left to compare")
+        write_results(options, tuned, rows, problems)
+        lock.close()
     leave_ranks()
 
 

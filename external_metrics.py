@@ -9,17 +9,18 @@ position table is resized by transformers; AMT-S is never run at a reduced scale
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 
 from cli import UserError
+from reward import open_onnx
 from vlm import Unanswered, ask, yes_or_no
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,9 +100,9 @@ def shrunk(frames, side, mode, longest=False):
     """
     x = frames.permute(0, 3, 1, 2).float()
     height, width = x.shape[2:]
-    scale = side / (max if longest else min)(height, width)
-    if not longest or scale < 1:
-        size = [side if n * scale == side else int(n * scale) for n in (height, width)]
+    reference = (max if longest else min)(height, width)
+    if not longest or reference > side:
+        size = [side * n // reference for n in (height, width)]
         x = F.interpolate(x, size, mode=mode, align_corners=False)
     return x / 255
 
@@ -235,10 +236,12 @@ def read_networks(folder, device="cpu"):
 
     Raises UserError for a file that is there and cannot be read, and where the package that reads it is not installed.
     """
-    networks = {}
-    for name in COLUMNS.keys() - missing(folder).keys():
+    networks, absent = {}, missing(folder)
+    for name, (read, *_) in COLUMNS.items():
+        if name in absent:
+            continue
         try:
-            networks[name] = COLUMNS[name][0](Path(folder), device)
+            networks[name] = read(Path(folder), device)
         except ImportError as error:
             raise UserError(f"{name}: {error}; pip install -r requirements-eval.txt") from None
         except Exception as error:
@@ -260,10 +263,12 @@ def official_scores(environment, clips, out):
     environment: a virtual environment with the package in it (0.1.5 needs transformers 4.33 and numpy < 2); out: a
     folder for what it writes. Raises UserError, with the package's last line, where it fails.
     """
-    scores = {}
+    scores, names = {}, {path.name for path in Path(clips).glob("*.mp4")}
     for column, dimension in DIMENSIONS.items():
         folder = Path(out) / dimension
-        if not list(folder.glob("*_eval_results.json")):
+        found = read_official(folder, dimension)
+        if not names <= found.keys():
+            shutil.rmtree(folder, ignore_errors=True)  # of fewer clips
             command = [str(Path(environment) / "bin/vbench"), "evaluate", "--videos_path", str(clips), "--dimension",
                        dimension, "--mode", "custom_input", "--output_path", str(folder)]  # fmt: skip
             try:
@@ -273,11 +278,19 @@ def official_scores(environment, clips, out):
             except subprocess.CalledProcessError as error:
                 last = (error.stderr.strip() or "no message").splitlines()[-1]
                 raise UserError(f"--vbench {environment}: {dimension} of {clips} failed: {last}") from None
-        (result,) = folder.glob("*_eval_results.json")
-        for row in json.loads(result.read_text())[dimension][1]:
-            value = float(row["video_results"]) / (100 if column == "IQ" else 1)  # which it divides in the mean only
-            scores.setdefault(Path(row["video_path"]).name, {})[column.lower()] = value
+            found = read_official(folder, dimension)
+            if not found:
+                raise UserError(f"--vbench {environment}: {dimension} of {clips} left no results in {folder}")
+        for name, value in found.items():  # of IQ the package divides the mean only
+            scores.setdefault(name, {})[column.lower()] = value / (100 if column == "IQ" else 1)
     return scores
+
+
+def read_official(folder, dimension):
+    """What the package has written to a folder of one dimension: {file name: score}, empty where there is nothing."""
+    results = sorted(folder.glob("*_eval_results.json"))
+    rows = json.loads(results[-1].read_text())[dimension][1] if results else []
+    return {Path(row["video_path"]).name: float(row["video_results"]) for row in rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -292,9 +305,7 @@ def read_landmarks(folder):
     path = Path(folder) / "2d106det.onnx"
     if not path.is_file():
         return None
-    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider")
-                 if p in onnxruntime.get_available_providers()]  # fmt: skip
-    session = onnxruntime.InferenceSession(str(path), providers=providers)
+    session = open_onnx(path)
     name = session.get_inputs()[0].name
     return lambda crops: np.concatenate([session.run(None, {name: c[None]})[0].reshape(1, -1, 2) for c in crops])
 

@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cli import option, parse_options, run
-from model import CONFIGS, WanDiT, WanVAE, add_lora
+from model import CONFIGS, WanDiT, WanVAE, add_lora, lora_disabled
 from reward import ArcFace, FaceReward, Faces, fold_batch_norms, velocity_kl
 from sample import latent_size, rollout, sigmas, velocity, with_first_frame
-from train import TrainOptions, Tuning, ipro_step
+from train import TrainOptions, Tuning, check_window, ipro_step
 from weights import KEPT_FP32
 
 PEAK, SHARE = 989e12, 0.4  # an H100's dense bf16 FLOP/s, and the share of them that training is taken to reach
@@ -158,9 +158,10 @@ def straight_step(tuning, batch, noise):
     with record_function("window"):
         for i in range(options.sampling_steps - options.window, options.sampling_steps):
             v = velocity(tuning.tuned, x, sigma[i], context, y)
-            with torch.no_grad():
+            with torch.no_grad(), lora_disabled(tuning.reference):
                 v_ref = velocity(tuning.reference, x, sigma[i], context, y)
-            loss = loss + options.kl_weight * velocity_kl(v, v_ref, float(sigma[i])).sum() / options.window
+            kl = velocity_kl(v, v_ref, float(sigma[i]), tuning.sampled_frames)
+            loss = loss + options.kl_weight * kl.sum() / options.window
             x = with_first_frame(x + float(sigma[i + 1] - sigma[i]) * v, first)
     with record_function("decode"):
         video = wan.vae.decode(x)
@@ -255,6 +256,7 @@ SWITCHES = dict(checkpointing=True, decode_frames=4, offload=True, face_window=4
 def main():
     options = parse_options(PlanOptions, doc=__doc__)
     preset = CONFIGS[options.model]
+    check_window(options, preset)
     frames, size = options.frames or preset.frames, options.size or preset.size
     tuned = f"LoRA of rank {options.lora_rank}" if options.lora_rank else f"all weights over {options.gpus} GPU(s)"
     found = simulate(options)

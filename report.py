@@ -8,6 +8,7 @@ can be sent to a colleague. The script in the template draws it.
 """
 
 import base64
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import scipy.stats
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import UserError
+from cli import UserError, whole_file, write_text
 from sample import read_video, write_video
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,9 +186,7 @@ def fill(template, data, path):
     """Write a page: templates/<template> with data, as JSON, in it."""
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no data may end the script that it is in
     page = (TEMPLATES / template).read_text(encoding="utf-8").replace("/*DATA*/", text)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    write_text(path, page)
 
 
 def small_video(clips, fps):
@@ -225,7 +224,8 @@ def write_report(results, out):
         strips.append([(row["version"], v) for row, v in zip(rows, videos) if row["version"] != "still"])
         strips = [strips[0], strips[-1]] if len(strips) > 1 else strips  # the frames of no more than these stay
     if strips:
-        over_time([pair for strip in strips for pair in strip]).save(out / "over_time.webp", quality=90)
+        with whole_file(out / "over_time.webp") as part:
+            over_time([pair for strip in strips for pair in strip]).save(part, "WEBP", quality=90)
     shown = {name: value for name, value in results.items() if name != "clips"} | dict(cases=cases)
     tables = dict(table_1=TABLE_1, faces=FACES, motion=MOTION, columns=METRICS, better=BETTER, controls=CONTROLS)
     fill("report.html", shown | tables, out / "report.html")
@@ -268,9 +268,9 @@ def write_study(results, out, count):
             picture = base64.b64encode((out / rows["base"]["picture"]).read_bytes()).decode()
             pairs.append(dict(picture="data:image/png;base64," + picture, prompt=rows["base"]["prompt"], clips=clips))
             key.append(dict(clip=both[i], tuned=tuned, order=order))
-    study = f"{rng.integers(2**32):08x}-{len(pairs)}"
+    study = hashlib.sha256(json.dumps([pairs, key]).encode()).hexdigest()[:12]  # votes of another do not count
     fill("study.html", dict(study=study, questions=QUESTIONS, pairs=pairs), out / "study.html")
-    (out / "study_key.json").write_text(json.dumps(dict(study=study, pairs=key), indent=1))
+    write_text(out / "study_key.json", json.dumps(dict(study=study, pairs=key), indent=1))
 
 
 def read_votes(files, key):

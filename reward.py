@@ -12,6 +12,7 @@ All of it is fp32, RGB and [-1, 1]; points are (x, y) pixels, and an integer coo
 behaviour: InsightFace's SCRFD and face_align (python-package), arcface_torch's iresnet.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,36 @@ class Faces:
         return Faces(self.boxes[rows], self.scores[rows], self.landmarks[rows])
 
 
+def open_onnx(path, providers=None):
+    """Open an ONNX graph in onnxruntime: on this rank's GPU where torch has one, otherwise on the CPU.
+
+    Where onnxruntime cannot use that GPU (the plain package, ROCm, another CUDA than it is linked to), it warns and
+    takes the CPU. Raises UserError for a file that cannot be read.
+    """
+    if providers is None:
+        providers = ["CPUExecutionProvider"]
+        if torch.cuda.is_available():
+            if hasattr(onnxruntime, "preload_dlls"):
+                onnxruntime.preload_dlls()  # CUDA's and cuDNN's, torch's own where it ships them
+            providers = [("CUDAExecutionProvider", dict(device_id=torch.cuda.current_device())), *providers]
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 3
+    known = onnxruntime.get_available_providers()
+    usable = [p for p in providers if (p if isinstance(p, str) else p[0]) in known]
+    try:
+        session = onnxruntime.InferenceSession(str(path), settings, providers=usable)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})") from None
+    if len(providers) > 1 and session.get_providers()[0] == "CPUExecutionProvider":
+        warnings.warn(
+            f"{path}: on the CPU, since onnxruntime {onnxruntime.__version__} cannot use this GPU (it offers "
+            f"{', '.join(known)}); where CUDA is: pip uninstall onnxruntime onnxruntime-gpu && pip install "
+            "onnxruntime-gpu, linked to the same CUDA as torch", stacklevel=2,
+        )  # fmt: skip
+    return session
+
+
 class FaceDetector:
     """SCRFD through onnxruntime: frames [F, 3, H, W] RGB in [-1, 1] to a list of F `Faces`.
 
@@ -141,43 +172,25 @@ class FaceDetector:
     score `threshold`, less those that overlap a better one by IoU > `overlap`.
     tiled: where a frame's largest face is under 48 px in the network's input, or none is seen, detect again in the
     frame enlarged 1.8 times, in overlapping tiles: at most 4 more passes (measured: tests/bench_reward.py).
-    `provider` says what onnxruntime runs on. Raises UserError for a missing file or another kind of graph, and
-    where a GPU is there but onnxruntime cannot use it (`providers=["CPUExecutionProvider"]` asks for the CPU).
+    `provider` says what onnxruntime runs on. Raises UserError for a missing file or another kind of graph.
     Source: InsightFace's model_zoo/scrfd.py, at one `det_size`.
     """
 
     def __init__(self, path, providers=None, threshold=0.5, overlap=0.4, tiled=False):
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; a face detector (SCRFD, .onnx) is needed")
-        available = onnxruntime.get_available_providers()
-        if providers is None:
-            providers = ["CPUExecutionProvider"]
-            if torch.cuda.is_available():
-                if "CUDAExecutionProvider" not in available:
-                    raise UserError(f"{path}: a GPU, but onnxruntime has {available}: want onnxruntime-gpu")
-                place = dict(device_id=torch.cuda.current_device())  # this rank's
-                providers = [("CUDAExecutionProvider", place), *providers]
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = torch.get_num_threads()
-        settings.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
-        except Exception as error:
-            raise UserError(f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})") from None
+        self.session = open_onnx(path, providers)
         self.provider = self.session.get_providers()[0]
-        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-        if self.provider != wanted:
-            raise UserError(f"{path}: {wanted} was asked for, onnxruntime fell back to {self.provider}")
         entry, outputs = self.session.get_inputs()[0], self.session.get_outputs()
         stored = self.session.get_modelmeta().custom_metadata_map.get("input_size")
+        if len(entry.shape) != 4 or entry.type != "tensor(float)":
+            raise UserError(f"{path}: not an SCRFD: its input is {entry.type} {entry.shape}, not float [n, 3, H, W]")
         self.name = entry.name
         self.size = [s if isinstance(s, int) else int(stored or 640) for s in entry.shape[2:]]  # H, W
         self.batched = not isinstance(entry.shape[0], int) and all(len(o.shape) == 3 for o in outputs)
         self.threshold, self.overlap, self.tiled = threshold, overlap, tiled
-        shapes = [o.shape for o in outputs]
-        if len(entry.shape) == 4:  # what a graph declares of its outputs may be symbolic; what it computes is not
-            blank = np.zeros((1, 3, *self.size), np.float32)
-            shapes = [y.shape for y in self.session.run(None, {self.name: blank})]
+        blank = np.zeros((1, 3, *self.size), np.float32)  # declared shapes may be symbolic; computed ones are not
+        shapes = [y.shape for y in self.session.run(None, {self.name: blank})]
         anchors = [-(-self.size[0] // stride) * -(-self.size[1] // stride) * 2 for stride in (8, 16, 32)]
         if sorted(s[-2:] for s in shapes) != sorted((n, width) for n in anchors for width in (1, 4, 10)):
             has = ", ".join(f"{o.name} {list(s)}" for o, s in zip(outputs, shapes, strict=True))

@@ -25,7 +25,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from cli import UserError, option, parse_options, run
+from cli import UserError, option, parse_options, run, whole_file
 from model import CONFIGS
 from weights import find_preset, load_model, parse_loras
 
@@ -308,9 +308,7 @@ def write_video(path, frames, fps, crf=12):
     crf: the quality, 0 best, 51 worst. The header says which colours they are: a player that guesses takes BT.709 too,
     and one that guessed BT.601 would shift them.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with av.open(str(part), "w", format="mp4") as container:
+    with whole_file(path) as part, av.open(str(part), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=round(fps), options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         about = stream.codec_context
@@ -320,7 +318,6 @@ def write_video(path, frames, fps, crf=12):
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(image.reformat(format="yuv420p", dst_colorspace="itu709")))
         container.mux(stream.encode())
-    part.replace(path)
 
 
 def to_tensor(frames):

@@ -14,14 +14,11 @@ lora.safetensors (of all weights dit.safetensors), before_after.mp4; tensorboard
 """
 
 import dataclasses
-import fcntl
 import functools
 import json
-import math
 import os
 import shutil
 import signal
-import socket
 import time
 import warnings
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.profiler import record_function
@@ -42,11 +40,16 @@ from cli import (
     check_can_be_made,
     gathered,
     given_options,
+    is_empty,
     leave_ranks,
+    lock_folder,
     option,
     rank_and_ranks,
+    read_options,
     run,
     start_ranks,
+    whole_file,
+    write_text,
 )
 from data import Clips
 from eval import (
@@ -184,7 +187,7 @@ def optimisation_step(tuning, clips, step, micro_batches, optimizer):
     if dist.is_initialized() and not isinstance(tuning.tuned, FSDPModule):  # FSDP2 has summed over the ranks already
         for p in parameters:
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, options.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2's is a DTensor
     records = gathered(records)
     finite = bool(np.isfinite([norm, *(v for record in records for v in record.values() if v is not None)]).all())
@@ -213,9 +216,9 @@ def learning_rate(options, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Options. A default is the paper's (arXiv 2510.14255, section 4.1); `roll` is the official code's where that differs
-# (ROLL v0.2.1, reward_fl: loss = -0.1 (R - 0.54) / 0.16 + KL, the input picture left out of the pool); `tiny` is the
-# tiny model's; these are keywords of `option`. `resumable` ones may change when a run goes on.
+# Options. A default is the paper's (arXiv 2510.14255, section 4.1) where it names one; `roll` is the official code's
+# where that differs (ROLL v0.2.1, reward_fl: loss = -0.1 (R - 0.54) / 0.16 + KL, the input picture left out of the
+# pool); `tiny` is the tiny model's; these are keywords of `option`. `resumable` ones may change when a run goes on.
 
 
 @dataclass
@@ -237,7 +240,6 @@ class TrainOptions:
     lr: float = option(2e-5, "learning rate of Adam", least=0, roll=2.5e-6, tiny=2.4e-3)
     warmup: int = option(5, "steps over which the learning rate rises to lr", least=0, tiny=3)
     decay: float = option(0.0, "share of the steps, at the end, over which it falls to 0", least=0, most=1, tiny=0.9)
-    grad_clip: float = option(1.0, "largest norm of a step's gradient; 0 = any", least=0)
     lora_rank: int = option(32, "rank of the LoRA on q, k, v, o and the feed-forward layers; 0 tunes all weights",
                             least=0)  # fmt: skip
     sampling_steps: int = option(8, "N, sampling steps of a roll-out", least=1, most=1000)
@@ -269,6 +271,7 @@ class TrainOptions:
     seed: int = option(0, "of data order, noise and LoRA", least=0)
 
 
+LARGEST_NORM = 1.0  # of a step's gradient: a larger one is scaled down to it
 KEPT_CHECKPOINTS = 2
 MAX_SKIPS = 10  # steps in a row without a finite gradient after which a run ends
 
@@ -279,19 +282,15 @@ def resolve(given):
     fields = {f.name: f.metadata["about"] for f in dataclasses.fields(TrainOptions)}
     if given.get("resume"):
         out = Path(given.get("out", TrainOptions.out))
-        if not (out / "options.json").is_file():
+        if (saved := read_options(out)) is None:
             raise UserError(f"--resume: {out} holds no run (no options.json)")
-        try:
-            saved = dict(json.loads((out / "options.json").read_text()))
-        except (ValueError, TypeError) as error:  # no JSON; no object
-            raise UserError(f"{out / 'options.json'}: not readable ({error}); start again with another --out") from None
         if unknown := sorted(saved.keys() - fields.keys()):
             raise UserError(f"{out / 'options.json'}: of another version of train.py, it has {', '.join(unknown)}; "
                             f"go on with that version, or start again with another --out")  # fmt: skip
         changed = [k for k, v in given.items() if not fields[k].get("resumable") and saved.get(k) != v]
         if changed:
             raise UserError(f"--resume: {out} was run with another --{changed[0]} ({saved.get(changed[0])})")
-        return TrainOptions(**(saved | given))
+        return TrainOptions(**(saved | given | dict(out=str(out))))
     base = {}
     for variant in (given.get("recipe", TrainOptions.recipe), given.get("model", TrainOptions.model)):
         base |= {name: about[variant] for name, about in fields.items() if variant in about}
@@ -304,21 +303,24 @@ def check(options):
     parse_loras(options.base_lora, preset, "--base_lora")
     if options.reward_weight == options.kl_weight == 0:
         raise UserError("--reward_weight 0 and --kl_weight 0: nothing is left to optimise")
-    if options.window > options.sampling_steps:
-        raise UserError(f"--window {options.window}: more than the {options.sampling_steps} sampling steps")
+    check_window(options, preset)
     if options.lora_rank > preset.dit.dim:
         raise UserError(f"--lora_rank {options.lora_rank}: more than the model's width, {preset.dit.dim}")
-    if preset.boundary:
-        low = int((sigmas(options.sampling_steps, preset.shift)[:-1] < preset.boundary).sum())
-        if options.window > low:
-            raise UserError(
-                f"--window {options.window}: the low-noise expert, which is tuned, takes the last {low} of "
-                f"{options.sampling_steps} steps"
-            )
     out = Path(options.out)
     check_can_be_made(out)
-    if not options.resume and out.exists() and any(out.iterdir()):
+    if not options.resume and not is_empty(out):
         raise UserError(f"--out {out}: exists and is not empty; name another folder, or continue it with --resume")
+
+
+def check_window(options, preset):
+    """Refuse a window that the sampling steps of the tuned transformer do not hold."""
+    steps = options.sampling_steps
+    if options.window > steps:
+        raise UserError(f"--window {options.window}: more than the {steps} sampling steps")
+    low = int((sigmas(steps, preset.shift)[:-1] < preset.boundary).sum()) if preset.boundary else steps
+    if options.window > low:
+        raise UserError(f"--window {options.window}: the low-noise expert, which is tuned, takes the last {low} of "
+                        f"{steps} steps")  # fmt: skip
 
 
 def divided_among(ranks, options, given):
@@ -441,7 +443,7 @@ def save_checkpoint(folder, step, tuning, optimizer):
         fault = None
         try:
             stage()
-        except (Exception, dcp.api.CheckpointException) as error:
+        except (OSError, RuntimeError, UserError, SafetensorError, dcp.api.CheckpointException) as error:
             fault = (str(error).strip() or type(error).__name__).splitlines()[-1]
         faults = [f for f in gathered([fault]) if f is not None]
         if faults:
@@ -530,9 +532,7 @@ class Log:
                         self.rows.append(row)
                 except (ValueError, KeyError, TypeError):  # torn by a crash
                     print(f"{path}: line {number} is not readable and left out", flush=True)
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
-        part.replace(path)
+        write_text(path, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.file = open(path, "a")
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -541,7 +541,7 @@ class Log:
         except ImportError:  # optional
             pass
 
-    def has_watched(self, step):
+    def has_held_out(self, step):
         """Does the log hold the held-out clips' metrics after so many steps? The same answer on every rank."""
         return any(gathered([any("held_out" in row for row in self.rows if row["step"] == step)]))
 
@@ -557,29 +557,42 @@ class Log:
                     self.board.add_scalar(place + name, value, row["step"])
 
 
-PANELS = (("reward (FSM)", ("reward", "judge")), ("velocity KL", ("kl",)), ("held-out FaceSim", ("facesim", "judge")),
-          ("held-out motion", ("motion",)))  # fmt: skip
+def draw_curves(rows, before, now, path):
+    """Draw a run: reward and KL over its steps (of the log's rows), and what it made of each held-out clip.
 
-
-def draw_curves(rows, path):
-    """The log's rows, one a step or a watch, as a picture."""
+    before, now: `clip_metrics` of the held-out clips by the untuned model and by the model as it is.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), layout="constrained")
-    for axis, (title, names) in zip(axes, PANELS):
-        for name in names:
-            lines = [(r["step"], r["held_out"] if title.startswith("held") else r)
-                     for r in rows if ("held_out" in r) == title.startswith("held")]  # fmt: skip
-            points = [(step, line[name]) for step, line in lines if line.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), marker=".", label=name)
-                axis.legend()
-        axis.set(xlabel="step", title=title)
+    figure, (score, kl, *held_out) = pyplot.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    steps = [row for row in rows if "held_out" not in row]
+    for axis, name, label in ((score, "reward", "face reward"), (score, "judge", "second encoder"), (kl, "kl", "KL")):
+        points = [(row["step"], row[name]) for row in steps if row.get(name) is not None]
+        if points:
+            axis.plot(*zip(*points), marker=".", label=label)
+    score.set(title="the samples of each step", xlabel="step", ylabel="mean cosine to the true clip's faces")
+    score.legend()
+    kl.set(title="how far it has moved", xlabel="step", ylabel="velocity KL to the untuned model")
+    names = dict(facesim="FaceSim, cosine to the input's face", motion="motion, face sizes a frame")
+    for axis, (name, label) in zip(held_out, names.items()):
+        for key, what in ((name, "face reward's encoder"), ("judge", "second encoder"))[: 1 + (name == "facesim")]:
+            pairs = [(a[key], b[key]) for a, b in zip(before, now) if None not in (a.get(key), b.get(key))]
+            if pairs:
+                first, last = np.mean(pairs, 0)
+                higher = sum(b > a for a, b in pairs)
+                told = f"{what}: mean {first:.3g} to {last:.3g}, {higher} of {len(pairs)} up"
+                axis.plot(*zip(*pairs), ".", label=told)
+        axis.axline((0, 0), slope=1, color="grey", linewidth=1)
+        axis.autoscale_view()
+        axis.set(title="held-out clips, a dot each", xlabel=f"before: {label}", ylabel="now")
+        axis.legend(loc="upper left", fontsize="small")
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=100)
     pyplot.close(figure)
 
 
@@ -590,27 +603,31 @@ class HeldOut:
     def __init__(self, tuning, clips, out):
         self.tuning, self.clips, self.out = tuning, clips, out
         self.rows = clips.spread(tuning.options.eval_clips)
+        clock = time.perf_counter()
         self.before, self.frames_before = self.sample()
+        self.seconds = time.perf_counter() - clock
 
     def sample(self):
-        """Metrics of each clip, and the frames of some."""
+        """Return `clip_metrics` of each clip, and the frames of some."""
         tuning, options = self.tuning, self.tuning.options
         judge = tuning.judge and tuning.judge.reward
         return sample_held_out(tuning.wan, tuning.reward, self.clips, self.rows, options.sampling_steps, judge=judge,
                                at_once=options.micro_batch, solver=options.solver)  # fmt: skip
 
-    def watch(self, step, path, log):
-        """A line of the log, the curves, and a video of input, before and now; returns the means."""
+    def compare(self, step, path, log):
+        """Write a line of the log, curves.png, and a video of input, before, now and true clip; return the means."""
         metrics, frames = self.sample()
         means = mean_metrics(metrics)
-        if not log.has_watched(step):
+        if not log.has_held_out(step):
             log.write(dict(step=step, held_out=means))
         if rank_and_ranks()[0] == 0:
-            draw_curves(log.rows, self.out / "curves.png")
+            draw_curves(log.rows, self.before, metrics, self.out / "curves.png")
             shown = shown_rows(self.rows)
-            inputs = {r: np.repeat(self.clips.video(r)[:1], len(frames[r]), 0) for r in shown}
+            true = {r: self.clips.video(r)[: len(frames[r])] for r in shown}
+            inputs = {r: np.repeat(clip[:1], len(clip), 0) for r, clip in true.items()}
+            columns = {"input": inputs, "before": self.frames_before, f"step {step}": frames, "true clip": true}
             path.parent.mkdir(exist_ok=True)
-            write_video(path, side_by_side([inputs, self.frames_before, frames], shown), self.tuning.wan.preset.fps)
+            write_video(path, side_by_side(columns, shown), self.tuning.wan.preset.fps)
         return means
 
 
@@ -627,26 +644,24 @@ def check_clips(clips, options):
         raise UserError(f"--people all: {options.data} holds one person a clip; make a set with: data.py --people 2")
 
 
-def make_folder(options, out):
-    """Make the run's folder, with its options in it; returns its lock, which this process holds until it ends.
+def announcement(tuning, clips, unseen, ranks, device):
+    """What a run is about to do, as lines for the person who started it."""
+    options, tuned = tuning.options, [p for p in tuning.tuned.parameters() if p.requires_grad]
+    what = f"a LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
+    cores = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    yield (f"tuning {what} of {options.model} ({sum(p.numel() for p in tuned) / 1e6:.1f} M numbers) for "
+           f"{options.steps} steps of {options.batch} of {len(clips)} clips, on {ranks} x {cores}; face detector on "
+           f"{tuning.reward.detector.provider}")  # fmt: skip
+    yield (f"before and after, {min(options.eval_clips, len(unseen))} held-out clips are sampled; all is kept in "
+           f"{options.out}/, and goes on after a stop with: python train.py --resume --out {options.out}")  # fmt: skip
 
-    UserError where another process trains in it.
-    """
-    try:
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a+")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror})") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        raise UserError(f"--out {out}: process {lock.read()} trains in it; name another folder") from None
-    lock.truncate(0)
-    print(f"{os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
+
+def make_folder(options, out):
+    """Make the run's folder, with its options in it; returns its lock. UserError where another process has it."""
+    lock = lock_folder(out)
     saved = {k: v for k, v in dataclasses.asdict(options).items() if k != "resume"}
-    (out / "options.part").write_text(json.dumps(saved, indent=1))
-    (out / "options.part").replace(out / "options.json")
+    write_text(out / "options.json", json.dumps(saved, indent=1))
+    (out / "checkpoints").mkdir(exist_ok=True)
     return lock
 
 
@@ -671,19 +686,20 @@ def main():
     tuning = prepare(options, device)
     clips.check_encoder(tuning.reward.encoder)
     tuning.judge = Judge(options.judge, clips, device) if options.judge else None
-    say(f"face detector on {tuning.reward.detector.provider}")
+    lock, folder = make_folder(options, out) if rank == 0 else None, out / "checkpoints"
+    found = newest_checkpoint(folder) if options.resume else None
+    for line in announcement(tuning, clips, unseen, ranks, device):
+        say(line)
     held_out = HeldOut(tuning, unseen, out)  # before a checkpoint is loaded: `before` is the untuned model
     before = mean_metrics(held_out.before)
     say(table([("before", before)]))
 
     optimizer = torch.optim.Adam([p for p in tuning.tuned.parameters() if p.requires_grad], lr=options.lr)
-    lock = make_folder(options, out) if rank == 0 else None
-    start, folder = 0, out / "checkpoints"
-    if options.resume and (found := newest_checkpoint(folder)):
-        start = load_checkpoint(found, tuning, optimizer)
-        say(f"{found}: going on from step {start}")
+    start = load_checkpoint(found, tuning, optimizer) if found else 0
+    if options.resume:
+        say(f"{found}: going on from step {start}" if found else f"{folder}: no checkpoint yet, starting at step 0")
     log = Log(out, start)
-    if not log.has_watched(0):
+    if not log.has_held_out(0):
         log.write(dict(step=0, held_out=before))
 
     signals, skipped, steps_taken = [], 0, 0
@@ -691,11 +707,16 @@ def main():
         signal.signal(name, lambda number, _: signals.append(number))
     bar = tqdm(range(start, options.steps), "steps", initial=start, total=options.steps, disable=rank > 0)
     for step in bar:
-        if step and options.watch_every and step % options.watch_every == 0 and not log.has_watched(step):
-            held_out.watch(step, out / "watch" / f"step-{step:06}.mp4", log)
+        if step and options.watch_every and step % options.watch_every == 0 and not log.has_held_out(step):
+            held_out.compare(step, out / "watch" / f"step-{step:06}.mp4", log)
         clock = time.perf_counter()
         line = optimisation_step(tuning, clips, step, micro_batches, optimizer)
         log.write(dict(step=step, **line, seconds=round(time.perf_counter() - clock, 3)))
+        if step == start:
+            left = options.steps - start - 1
+            again = 1 + (left // options.watch_every if options.watch_every else 0)
+            minutes = (left * (time.perf_counter() - clock) + again * held_out.seconds) / 60
+            say(f"\nabout {minutes:.0f} minutes to go: {left} steps like the first, the held-out clips {again} x")
         bar.set_postfix({k: f"{line[k]:.3f}" for k in ("reward", "kl")})
         skipped = skipped + 1 if line["skipped"] else 0
         steps_taken += not line["skipped"]
@@ -717,7 +738,7 @@ def main():
         leave_ranks()
         return 1
     export_weights(tuning, out)
-    after = held_out.watch(options.steps, out / "before_after.mp4", log)
+    after = held_out.compare(options.steps, out / "before_after.mp4", log)
     say(table([("before", before), ("after", after)]))
     leave_ranks()
     if lock:

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cli import UserError
+from cli import UserError, whole_file
 from model import (
     CONFIGS,
     UMT5,
@@ -55,17 +55,11 @@ BLOCK = 128  # rows and columns of a block with a scale of its own
 
 def write_safetensors(tensors, path, metadata=None):
     """Write a safetensors file whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         part.touch()
         mode = part.stat().st_mode  # the umask's; safetensors makes files that only their owner can read
         save_file(tensors, part, metadata)
         part.chmod(mode)
-    except Exception:
-        part.unlink(missing_ok=True)
-        raise
-    part.replace(path)
 
 
 def open_safetensors(path):

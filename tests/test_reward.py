@@ -348,13 +348,28 @@ def test_what_is_no_detector_is_named_with_its_outputs(tmp_path):
         FaceDetector(tmp_path / "few.onnx", CPU)
 
 
-def test_a_gpu_that_onnxruntime_cannot_use_is_an_error_unless_the_cpu_is_asked_for(tmp_path, monkeypatch):
+def test_a_gpu_that_onnxruntime_cannot_use_is_told_of_with_the_remedy(tmp_path, monkeypatch, recwarn):
     graph(tmp_path / "d.onnx", (64, 64))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: CPU)
-    with pytest.raises(UserError, match="onnxruntime-gpu"):
-        FaceDetector(tmp_path / "d.onnx")
-    assert FaceDetector(tmp_path / "d.onnx", CPU).provider == CPU[0]
+    assert FaceDetector(tmp_path / "d.onnx", CPU).provider == CPU[0] and not recwarn.list  # it was asked for
+    with pytest.warns(UserWarning, match=r"d\.onnx: on the CPU.*pip install onnxruntime-gpu"):
+        assert FaceDetector(tmp_path / "d.onnx").provider == CPU[0]
+
+
+def test_a_graph_of_another_input_is_no_detector(tmp_path):
+    import onnx
+
+    value = onnx.helper.make_tensor_value_info
+    ends = [value(n, onnx.TensorProto.FLOAT, [1, 512]) for n in "xy"]
+    made = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    onnx.save(
+        onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8),
+        tmp_path / "r.onnx",
+    )
+    with pytest.raises(UserError, match=r"r\.onnx: not an SCRFD: its input is tensor\(float\) \[1, 512\]"):
+        FaceDetector(tmp_path / "r.onnx", CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------
