@@ -32,7 +32,7 @@ class UserError(Exception):
 def option(default, text, least=None, most=None, choices=None, **about):
     """A dataclass field that is an option: its default, its line in --help, its smallest and largest value.
 
-    choices: the values allowed; "" is allowed without being offered. about: what else a program wants to know of it,
+    choices: the values allowed, of which --help leaves "" out. about: what else a program wants to know of it,
     kept in the field's metadata.
     """
     metadata = dict(text=text, least=least, most=most, choices=choices, about=about)
@@ -207,15 +207,24 @@ def read_options(folder):
 # Ranks: one process, or those that torchrun starts
 
 
-def start_ranks():
-    """(rank, ranks, device) of this process; it joins the group of torchrun's processes if it is one of them."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+def this_device():
+    """The device of this process, which torch takes as the current one from here on: its own GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def start_ranks(timeout=None):
+    """(rank, ranks, device) of this process; it joins the group of torchrun's processes if it is one of them.
+
+    timeout: the longest time that one may wait for the others, a timedelta; None for torch's.
+    """
+    device = this_device()
     if "RANK" not in os.environ:
         return 0, 1, device
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return dist.get_rank(), dist.get_world_size(), device
 
 

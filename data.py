@@ -14,6 +14,7 @@ and cache/ (a clip's pool, the first frame's latent or A14B's y, the prompt's co
 """
 
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import csv
@@ -36,7 +37,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
@@ -46,12 +46,16 @@ from tqdm import tqdm
 from cli import (
     UserError,
     check_can_be_made,
+    gathered,
     is_empty,
+    leave_ranks,
     lock_folder,
     option,
     parse_options,
     read_options,
     run,
+    start_ranks,
+    this_device,
     write_text,
 )
 from model import ASSETS, CONFIGS
@@ -169,7 +173,7 @@ def motion_and_sharpness(video, info):
     inside the largest face's box; both of the luma, in levels of 0..255. video [1, 3, F, H, W] in [-1, 1]."""
     luma = (video[0] * video.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1)).sum(0) * 127.5  # [F, H, W]
     kernel = luma.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
-    laplacian = F.conv2d(luma[:, None], kernel[None, None], padding=1)[:, 0]
+    laplacian = F.conv2d(F.pad(luma[:, None], (1, 1, 1, 1), mode="replicate"), kernel[None, None])[:, 0]
     boxes = [(k, *info["boxes"][0, k].round().clamp(min=0).int().tolist()) for k in info["mask"][0].nonzero()[:, 0]]
     faces = [laplacian[k, y0:y1, x0:x1] for k, x0, y0, x1, y1 in boxes]
     spread = [float(face.std()) for face in faces if face.numel() > 1]
@@ -312,22 +316,25 @@ class Clips:
     def video(self, row):
         row = self.rows[row]
         if "image" in row:
-            return crop_and_fit(read_picture(self.folder / row["image"]), row["size"], row.get("crop"))[None]
+            return cover_and_crop(read_picture(self.folder / row["image"]).crop(row.get("crop")), row["size"])[None]
+        path = self.folder / row["video"]
         try:
-            frames = list(read_span(self.folder / row["video"], row["fps"], row.get("start", 0), row["frames"]))
+            frames = list(read_span(path, row["fps"], row.get("start", 0), row["frames"]))
+            if len(frames) < row["frames"]:
+                raise Refused("short", f"it has {len(frames)} of the {row['frames']} frames that the set was made of")
         except Refused as error:
-            raise UserError(f"{self.folder / row['video']}: {error}") from None
-        return np.stack([crop_and_fit(frame, row["size"], row.get("crop")) for frame in frames])
+            raise UserError(f"{path}: {error}; make the set again with data.py") from None
+        return np.stack([cover_and_crop(frame.crop(row.get("crop")), row["size"]) for frame in frames])
 
 
 def read_rows(path):
-    """The lines of a .jsonl file as dicts. UserError for one that is not a JSON object."""
+    """The lines of a .jsonl file as dicts. UserError for one that is no JSON object in UTF-8."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         try:
-            rows.append(dict(json.loads(line)))
+            rows += [dict(json.loads(line.decode()))] if line.strip() else []
         except (ValueError, TypeError):
-            raise UserError(f"{path}: line {number} is not JSON: {line[:60]}") from None
+            raise UserError(f"{path}: line {number} is not JSON: {line[:60].decode(errors='replace')}") from None
     return rows
 
 
@@ -343,8 +350,6 @@ class Networks:
         self.reward = FaceReward.from_folder(options.faces, device, tiled=options.tiled)
         self.encoder = fingerprint(self.reward.encoder)
         self.seconds, self.frames = Counter(), Counter()
-        self.reward.encoder.register_forward_pre_hook(lambda *_: setattr(self, "began", time.perf_counter()))
-        self.reward.encoder.register_forward_hook(lambda *_: self.add("embed", time.perf_counter() - self.began))
 
     def add(self, stage, seconds, frames=0):
         self.seconds[stage] += seconds
@@ -352,21 +357,10 @@ class Networks:
 
     @contextlib.contextmanager
     def timed(self, stage, frames):
-        """Count the time that passes inside, less what is counted as embedding, to a stage."""
-        began, embedding = time.perf_counter(), self.seconds["embed"]
+        """Count the time that passes inside to a stage."""
+        began = time.perf_counter()
         yield
-        self.add(stage, time.perf_counter() - began - (self.seconds["embed"] - embedding), frames)
-
-
-def crop_and_fit(picture, size, box=None):
-    """A PIL image, or its box (x0, y0, x1, y1), resized to cover `size` and centre-cropped: uint8 [H, W, 3]."""
-    return cover_and_crop(picture.crop(box) if box else picture, size)
-
-
-def cropped_share(picture, size):
-    """The share of a PIL image that is lost where it is made to cover `size` = (height, width)."""
-    ratio = picture.width / picture.height / (size[1] / size[0])
-    return 1 - min(ratio, 1 / ratio)
+        self.add(stage, time.perf_counter() - began, frames)
 
 
 def face_box(reward, pictures, size, people):
@@ -407,18 +401,18 @@ def prepare(networks, pictures, caption, options, preset):
         first = pictures[0]()
     if options.shape == "bucket":
         size = best_size(preset, *first.size)
-    lost = cropped_share(first, size)
+    ratio = first.width * size[0] / (first.height * size[1])
+    lost = 1 - min(ratio, 1 / ratio)  # the share that is cropped away
     if lost > 0.05:
         if options.shape == "refuse":
             raise Refused("shape", f"{first.width}x{first.height}: {lost:.0%} of it would be cropped away")
         some = np.linspace(0, len(pictures) - 1, min(8, len(pictures))).astype(int)
-        with networks.timed("detect", 0):
+        with networks.timed("detect and embed", 0):
             box = face_box(reward, [pictures[k]() for k in some], size, options.people)
     with networks.timed("decode", 0):
-        frames = np.stack([crop_and_fit(picture(), size, box) for picture in pictures])
+        frames = np.stack([cover_and_crop(picture().crop(box), size) for picture in pictures])
     video = to_tensor(frames).to(wan.device)
-    networks.frames["embed"] += len(frames)
-    with networks.timed("detect", len(frames)):
+    with networks.timed("detect and embed", len(frames)):
         tensors, figures = filter_faces(reward, video, options)
     if options.vlm:
         shown = frames[np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
@@ -456,6 +450,10 @@ class Item:
     path: Path
     name: str
     caption: str | None = None
+    clip: str = ""  # what its clips are called: its name, without the suffix where that tells it from all others
+
+    def __post_init__(self):
+        self.clip = self.clip or os.path.splitext(self.name)[0]
 
 
 def name_of(path, folder):
@@ -494,7 +492,7 @@ def list_items(source, pairs=False):
         items = [Item(path, name_of(path, source)) for path in find_videos(source)]
         if not items:
             raise UserError(f"{source}: no video in it ({', '.join(VIDEOS)})")
-        return items
+        return tell_apart(items)
     if source.suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"{source}: is neither a folder nor a .csv or .jsonl of {column},prompt rows")
     try:
@@ -507,7 +505,7 @@ def list_items(source, pairs=False):
         raise UserError(f"{source}: not a readable list ({error}); it must be UTF-8") from None
     items = {}
     for number, row in enumerate(rows, 1):
-        if not row.get(column) or not isinstance(row.get("prompt"), str):
+        if not (isinstance(row.get(column), str) and row[column] and isinstance(row.get("prompt"), str)):
             raise UserError(f"{source}: row {number} has no {column} and prompt; it has {', '.join(map(str, row))}")
         path, prompt = source.parent / row[column], row["prompt"].strip()
         name = name_of(path, source.parent)
@@ -518,7 +516,13 @@ def list_items(source, pairs=False):
         items[name] = Item(path, name, prompt)
     if not items:
         raise UserError(f"{source}: no rows in it")
-    return list(items.values())
+    return tell_apart(list(items.values()))
+
+
+def tell_apart(items):
+    """The items, with a clip's name that no other item has: the file's suffix stays where two differ in that alone."""
+    stems = Counter(item.clip for item in items)
+    return [item if stems[item.clip] == 1 else dataclasses.replace(item, clip=item.name) for item in items]
 
 
 def read_caption(item, optional):
@@ -529,7 +533,7 @@ def read_caption(item, optional):
         try:
             caption = file.read_text(encoding="utf-8-sig").strip()
         except (UnicodeDecodeError, OSError) as error:
-            raise Refused("caption", f"{file.name} is not UTF-8 text ({error})") from None
+            raise Refused("caption", f"{file.name} cannot be read as UTF-8 text ({error})") from None
     if not caption and not optional:
         raise Refused("caption", "no caption: " + (f"{file.name} is missing or empty" if item.caption is None
                                                    else "its prompt is empty"))  # fmt: skip
@@ -590,8 +594,7 @@ def prepare_file(networks, item, options, preset):
         cache = Path("cache") / f"{item.name}{mark}.safetensors"
         (out / cache).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(tensors, out / cache)
-        clip = str(Path(item.name).with_suffix("")) + mark
-        kept.append(dict(clip=clip, **about, cache=str(cache)) | where | row)
+        kept.append(dict(clip=item.clip + mark, **about, cache=str(cache)) | where | row)
 
     try:
         caption = read_caption(item, options.vlm and options.vlm_captions)
@@ -599,7 +602,7 @@ def prepare_file(networks, item, options, preset):
             try:
                 picture = read_picture(item.path)
             except UserError as error:
-                raise Refused("unreadable", str(error).removeprefix("--image ")) from None
+                raise Refused("unreadable", str(error)) from None
             keep([lambda: picture], caption)
         else:
             for start, repeated, pictures in spans_to_try(networks, item, options, preset.fps):
@@ -649,8 +652,10 @@ def contact_strip(out, row, count, shown=4):
             return "<i>no picture</i>"
     except (Refused, UserError) as error:
         return f"<i>no picture: {html.escape(str(error))}</i>"
+    if not frames:
+        return "<i>no picture: the video has become shorter</i>"
     if "size" in row:
-        frames = [Image.fromarray(crop_and_fit(frame, row["size"], row.get("crop"))) for frame in frames]
+        frames = [Image.fromarray(cover_and_crop(frame.crop(row.get("crop")), row["size"])) for frame in frames]
     for frame in frames:
         frame.thumbnail((240, 120))
     strip = Image.new("RGB", (sum(frame.width + 2 for frame in frames), max(frame.height for frame in frames)))
@@ -711,6 +716,8 @@ def check_options(options):
         options.frames = preset.frames
     if options.max_face is None:
         options.max_face = 750.0 if preset.shipped else 100.0  # tiny: 100 px of its frames of 128
+    if options.vlm and not options.vlm.startswith(("http://", "https://")):
+        raise UserError(f"--vlm {options.vlm}: not an address, as http://localhost:8000/v1 is one")
     if options.vlm_captions and not options.vlm:
         raise UserError("--vlm_captions: needs --vlm URL, who writes them")
     options.size = options.size or preset.size
@@ -730,8 +737,8 @@ def check_out(out, options):
     """UserError where a folder cannot be made, or what was begun in it not be gone on with."""
     check_can_be_made(out)
     begun, now = read_options(out), options_of_set(options)
-    if begun is None and not is_empty(out):
-        raise UserError(f"--out {out}: exists and is not empty; name another folder")
+    if not is_empty(out) and "spans" not in (begun or {}):
+        raise UserError(f"--out {out}: exists, is not empty and is no set of data.py's; name another folder")
     changed = [k for k in now if begun and begun.get(k, now[k]) != now[k]]
     if changed and read_parts(out):
         k = changed[0]
@@ -748,9 +755,11 @@ def options_of_set(options):
 def read_parts(out):
     """What is done so far: of each file, by its name, its lines (kept, refused)."""
     done = {}
-    for name, place in (("index.jsonl", 0), ("rejected.jsonl", 1)):
+    for name, column in (("index.jsonl", 0), ("rejected.jsonl", 1)):
         for row in read_rows(out / name) if (out / name).is_file() else ():
-            done.setdefault(row["file"], ([], []))[place].append(row)
+            if "file" not in row:
+                raise UserError(f"{out / name}: written by another version of data.py; name another --out")
+            done.setdefault(row["file"], ([], []))[column].append(row)
     for path in sorted((out / "parts").glob("*.jsonl")):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line that a kill cut short: its file is prepared again
@@ -768,8 +777,7 @@ def start_worker(options, preset, threads):
     torch.set_num_threads(threads)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = this_device()
     worker = Networks(options, device), options, preset
 
 
@@ -814,7 +822,7 @@ def finish(out, items, options, named):
     refused = [row for _, rows in files for row in rows]
     order = sorted({row["file"] for row in kept}, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     count = min(max(1, round(options.split * len(order))), len(order) - 1) if options.split else 0
-    held = order if options.pairs else order[: max(count, 0)]
+    held = set(order if options.pairs else order[: max(count, 0)])
     for row in kept:  # all clips of a file on one side
         row["split"] = row["clip"].split("/")[0] if named else SPLITS[row["file"] in held]
     names = {row["cache"] for row in kept}
@@ -856,17 +864,14 @@ def main():
     check_out(out, options)
     items = list_items(options.clips, options.pairs)
     named = named_splits(items)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if options.workers == 1:  # before anything is written: weights may be missing
         start_worker(options, preset, torch.get_num_threads())
-    if ranks > 1:  # a rank may wait long for the others at the end
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    rank, ranks, _ = start_ranks(datetime.timedelta(days=30))  # the fastest one waits for the slowest at the end
     if rank == 0:
         lock = lock_folder(out)
         write_text(out / "options.json", json.dumps(options_of_set(options), indent=1) + "\n")
         (out / "parts").mkdir(exist_ok=True)
-    if ranks > 1:
-        dist.barrier()
+    gathered([])  # until --out is there
     began, done = time.perf_counter(), read_parts(out)
     todo = [item for item in items[rank::ranks] if item.name not in done]
     if rank == 0:
@@ -876,15 +881,11 @@ def main():
     if done and rank == 0:
         print(f"{out}: begun before, {len(done)} of {len(items)} files are done")
     made_with = [row["encoder"] for kept, _ in done.values() for row in kept][:1]
-    figures = prepare_files(todo, out, options, preset, rank, made_with)
-    if ranks > 1:
-        every = [None] * ranks
-        dist.all_gather_object(every, figures)
-        figures = [sum(values[1:], values[0]) for values in zip(*every)]
-        dist.destroy_process_group()
+    figures = gathered([prepare_files(todo, out, options, preset, rank, made_with)])
+    seconds, frames, unanswered = (sum(values[1:], values[0]) for values in zip(*figures))
+    leave_ranks()
     if rank > 0:
         return
-    seconds, frames, unanswered = figures
     for stage, spent in seconds.items():
         print(f"{stage}: {frames[stage]} frames in {spent:.1f} s, {frames[stage] / spent:.1f} a second")
     kept, refused = finish(out, items, options, named)

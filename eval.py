@@ -373,7 +373,7 @@ class Tuned(typing.NamedTuple):
     weights: str = ""
 
 
-def tune(wan, model):
+def load_tuned(wan, model):
     """Read the transformer anew and make it a tuned model's."""
     wan.networks.pop("dit", None)
     wan.loras = model.loras
@@ -404,7 +404,7 @@ def write_clips(options, clips, jobs, tuned, device):
                 frames = np.repeat(input_picture(out, clips, job)[None], job.shape[0], 0)
             else:
                 if loaded != job.version:
-                    tune(wan, tuned.get(job.version, Tuned()))
+                    load_tuned(wan, tuned.get(job.version, Tuned()))
                     loaded = job.version
                 (read,), (video,) = sample_clips(
                     wan, clips, [job.row], job.seed, options.sampling_steps, options.solver
@@ -467,7 +467,8 @@ def score_clips(out, clips, jobs, scorers):
 def read_scorers(options, device):
     """The scorers of `score_clips` that the options ask for; UserError where a network is missing or cannot be read."""
     landmarks = external_metrics.read_landmarks(options.faces)
-    scorers, how = {}, f"{options.people}{', tiled' * options.tiled}{', OpenS2V' * options.opens2v}"
+    given = dict(tiled=options.tiled, OpenS2V=options.opens2v, openings=landmarks is not None)
+    scorers, how = {}, ", ".join([options.people, *(name for name, wanted in given.items() if wanted)])
     for title, folder in (("faces", options.faces), ("judge", options.judge)):
         if folder:
             reward = FaceReward.from_folder(folder, device, tiled=options.tiled)
@@ -583,7 +584,7 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def begin(options, tuned):
+def make_folder(options, tuned):
     """Make --out, or go on with it; returns its lock.
 
     UserError where another process has it, or where its clips are of other options, another set or other files.
@@ -679,7 +680,7 @@ def main():
         if not preset.shipped:
             solver, steps = options.solver, options.sampling_steps
             print(sampling_assumptions(options.model, solver, steps, preset.shift, 1, options.base_lora), flush=True)
-        lock = begin(options, tuned)
+        lock = make_folder(options, tuned)
     gathered([])  # until --out is there
     rows, problems = evaluate(options, tuned, clips, device, scorers)
     if rank == 0:

@@ -53,7 +53,8 @@ class PlanOptions:
     checkpointing: bool = option(False, "recompute each transformer block in the backward pass")
     offload: bool = option(False, "keep on the host what is not at work")
     decode_frames: int = option(0, "decoder caches kept every n latent frames; 0 = all graphs at once", least=0)
-    face_window: int = option(-1, "decode with gradient so many latent cells around the faces; -1 = all", least=-1)
+    face_window: int | None = option(None, "decode with gradient so many latent cells around the faces; default: all",
+                                     least=0)  # fmt: skip
 
 
 class Meter(TorchDispatchMode):
@@ -81,10 +82,10 @@ class Meter(TorchDispatchMode):
             self.flops[self.phases[-1]] += FLOPS[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.watch(tensor.untyped_storage())
+                self.track(tensor.untyped_storage())
         return out
 
-    def watch(self, storage):
+    def track(self, storage):
         if storage not in self.seen:
             self.seen.add(storage)
             self.add(storage.nbytes())
@@ -186,12 +187,12 @@ def simulate(options, step=ipro_step):
     with FakeTensorMode(allow_non_fake_inputs=True), meter:
         sizes, before = {}, 0
 
-        def weigh(name, share=1):
+        def record_size(name, share=1):
             nonlocal before
             meter.add((share - 1) * (meter.live - before))
             sizes[name], before = meter.live - before, meter.live
 
-        def scatter(p):
+        def keep_share(p):
             """A parameter's gradient is there, for good: further ones are added to it."""
             meter.add((share - 1) * p.grad.nbytes)
             hooks.pop(p).remove()
@@ -201,21 +202,21 @@ def simulate(options, step=ipro_step):
         if options.offload:
             dit.saved_inputs = meter.save_on_host
         blocks = [sum(p.nbytes for p in block.parameters()) for block in dit.blocks]
-        weigh("transformer", share)
+        record_size("transformer", share)
         parameters = sum(p.numel() for p in dit.parameters())
         vae = PlannedVAE(preset.vae).requires_grad_(False)
         vae.compute_dtype = torch.bfloat16
-        weigh("VAE")
+        record_size("VAE")
         reward = FaceReward(detector, fold_batch_norms(ArcFace((3, 13, 30, 3)).eval().requires_grad_(False)))
-        weigh("face net")
+        record_size("face net")
         reference = dit
         if full:
             reference = transformer(preset.dit, torch.float32)
-            weigh("reference", share)
-            hooks = {p: p.register_post_accumulate_grad_hook(scatter) for p in dit.requires_grad_(True).parameters()}
+            record_size("reference", share)
+            hooks = {p: p.register_post_accumulate_grad_hook(keep_share) for p in dit.requires_grad_(True).parameters()}
         else:
             add_lora(dit, options.lora_rank)
-            weigh("LoRA")
+            record_size("LoRA")
         wan = PlannedWan(preset, dit, vae, meter, options.offload and not (full and options.gpus > 1))
         schedule = sigmas(options.sampling_steps, preset.shift)
         tuning = Tuning(wan, dit, reference, train_options, schedule, reward)
@@ -227,17 +228,17 @@ def simulate(options, step=ipro_step):
         else:
             batch["y"] = torch.zeros(1, preset.dit.in_dim - channels, *shape)
         noise = torch.zeros(1, channels, *shape)
-        weigh("inputs")
+        record_size("inputs")
         meter.peaks.clear()
         step(tuning, batch, noise)
         wan.offload = False
         wan.at_work("dit")  # so that what the optimizer adds is weighed against all of it
         with record_function("optimizer"):
-            weigh("gradients")
+            record_size("gradients")
             optimizer = torch.optim.Adam([p for p in dit.parameters() if p.requires_grad])
             optimizer.step()
         meter.peaks["optimizer"] = before + share * (meter.peaks["optimizer"] - before)  # its passing tensors' too
-        weigh("optimizer", share)
+        record_size("optimizer", share)
     peaks = {phase: meter.peaks[phase] + sizes["optimizer"] * (phase != "optimizer")  # from step 2 on
              for phase in PHASES}  # fmt: skip
     idle = sizes["transformer"] if preset.boundary and (share < 1 or not options.offload) else 0  # A14B's other expert
@@ -268,7 +269,7 @@ def main():
     print(f"a clip: {found.flops.total() / 1e15:.2f} PFLOP, {found.seconds:.0f} s on an H100 at {SHARE:.0%} of "
           f"{PEAK / 1e12:.0f} TFLOP/s; {found.host / 1e9:.0f} GB of block inputs pass through the host")  # fmt: skip
     print(f"\n{'switches, one after the other':44}{'peak GB':>9}{'in':>10}{'seconds':>9}")
-    row = dataclasses.replace(options, checkpointing=False, offload=False, decode_frames=0, face_window=-1)
+    row = dataclasses.replace(options, checkpointing=False, offload=False, decode_frames=0, face_window=None)
     rows = [("one straight graph, block checkpoints", straight_step, dataclasses.replace(row, checkpointing=True)),
             ("this step, no switch", ipro_step, row)]  # fmt: skip
     for name, value in SWITCHES.items():

@@ -182,7 +182,7 @@ QUESTIONS = dict(
 )
 
 
-def fill(template, data, path):
+def write_page(template, data, path):
     """Write a page: templates/<template> with data, as JSON, in it."""
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")  # no data may end the script that it is in
     page = (TEMPLATES / template).read_text(encoding="utf-8").replace("/*DATA*/", text)
@@ -228,7 +228,7 @@ def write_report(results, out):
             over_time([pair for strip in strips for pair in strip]).save(part, "WEBP", quality=90)
     shown = {name: value for name, value in results.items() if name != "clips"} | dict(cases=cases)
     tables = dict(table_1=TABLE_1, faces=FACES, motion=MOTION, columns=METRICS, better=BETTER, controls=CONTROLS)
-    fill("report.html", shown | tables, out / "report.html")
+    write_page("report.html", shown | tables, out / "report.html")
 
 
 def over_time(clips, count=9):
@@ -269,7 +269,7 @@ def write_study(results, out, count):
             pairs.append(dict(picture="data:image/png;base64," + picture, prompt=rows["base"]["prompt"], clips=clips))
             key.append(dict(clip=both[i], tuned=tuned, order=order))
     study = hashlib.sha256(json.dumps([pairs, key]).encode()).hexdigest()[:12]  # votes of another do not count
-    fill("study.html", dict(study=study, questions=QUESTIONS, pairs=pairs), out / "study.html")
+    write_page("study.html", dict(study=study, questions=QUESTIONS, pairs=pairs), out / "study.html")
     write_text(out / "study_key.json", json.dumps(dict(study=study, pairs=key), indent=1))
 
 

@@ -387,7 +387,7 @@ class ArcFace(nn.Module):
             blocks = [IBasicBlock(before, width, 2)] + [IBasicBlock(width, width, 1) for _ in range(count - 1)]
             setattr(self, f"layer{i}", nn.Sequential(*blocks))
             before = width
-        self.bn2, self.dropout = nn.BatchNorm2d(before), nn.Dropout(0.0)
+        self.bn2 = nn.BatchNorm2d(before)
         self.fc = nn.Linear(before * 7 * 7, 512)
         self.features = nn.BatchNorm1d(512)
         self.size = 112
@@ -398,7 +398,7 @@ class ArcFace(nn.Module):
             x = crops.to(self.fc.weight.dtype, memory_format=torch.channels_last)
             x = self.prelu(self.bn1(self.conv1(x)))  # [n, 64, 112, 112]
             x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [n, 512, 7, 7]
-            return self.features(self.fc(self.dropout(self.bn2(x).flatten(1))))
+            return self.features(self.fc(self.bn2(x).flatten(1)))
 
     @classmethod
     def from_file(cls, path):

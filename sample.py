@@ -11,7 +11,6 @@ time: exactly the truncated chain's gradient, with the memory of one step whatev
 """
 
 import functools
-import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -100,12 +99,12 @@ def window_backward(dit, latents, sigma, context, grad, y=None, fresh=None):
 
     where x_{i+1} is `advance`'s: by Euler x_i + (sigma_{i+1} - sigma_i) v_i. The caller adds step i's own penalty (the
     velocity KL) to loss_i and calls backward() on the sum: that accumulates the step's part in the parameters and
-    leaves g_i, the sum's gradient at x_i, in x_i.grad. A given frame passes nothing back, since the next latent does
-    not depend on it; neither does fresh noise, which is constant.
+    leaves g_i, the sum's gradient at x_i, in x_i.grad. Fresh noise and a picture that is written back as frame 0 are
+    constants, whatever x_i is: that frame of g is set to zero.
     """
     last = len(sigma) - 1
     for i in range(last - 1, last - len(latents), -1):
-        if y is None:  # the next latent's frame 0 is written over
+        if y is None:
             grad = with_first_frame(grad, torch.zeros_like(grad[:, :, :1]))
         x = latents[i - last - 1].detach().requires_grad_()
         v = velocity(dit, x, sigma[i], context, y)
@@ -204,11 +203,7 @@ def latent_size(preset, frames, size):
         raise UserError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {fs}")
     if size[0] * size[1] > MOST_PIXELS or frames > MOST_FRAMES:
         raise UserError(f"{frames} frames of {size[0]}x{size[1]}: at most {MOST_FRAMES} frames of {MOST_PIXELS} pixels")
-    return (
-        (frames - 1) // ft + 1,
-        size[0] * preset.dit.patch_size[1] // fs,
-        size[1] * preset.dit.patch_size[2] // fs,
-    )
+    return (frames - 1) // ft + 1, size[0] // preset.vae.stride[1], size[1] // preset.vae.stride[2]
 
 
 def best_size(preset, width, height):
@@ -217,14 +212,16 @@ def best_size(preset, width, height):
     Source: best_output_size in wan/utils/utils.py (5B); wan/image2video.py (A14B), whose own rounding error makes
     480x832 of some pictures 464x832: not repeated here.
     """
-    area = preset.size[0] * preset.size[1]
+    area, ratio = preset.size[0] * preset.size[1], width / height
     dh, dw = (s * p for s, p in zip(preset.vae.stride[1:], preset.dit.patch_size[1:]))
-    ideal_h, ideal_w = (area * height / width) ** 0.5, (area * width / height) ** 0.5
+
+    def whole(h, w):  # at least one cell, however thin the picture
+        return max(int(h // dh), 1) * dh, max(int(w // dw), 1) * dw
+
+    h, w = whole((area / ratio) ** 0.5, (area * ratio) ** 0.5)
     if preset.boundary is not None:
-        return int(ideal_h // dh * dh), int(ideal_w // dw * dw)
-    ratio, w = width / height, int(ideal_w // dw * dw)
-    h = int(ideal_h // dh * dh)
-    by_width, by_height = (int(area / w // dh * dh), w), (h, int(area / h // dw * dw))
+        return h, w
+    by_width, by_height = (whole(area / w, w)[0], w), (h, whole(h, area / h)[1])
 
     def bend(size):
         return max(ratio * size[0] / size[1], size[1] / size[0] / ratio)
@@ -280,21 +277,17 @@ def read_picture(path):
                 image = Image.fromarray((np.asarray(image, np.float32) / 257).round().clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"--image {path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises
-        raise UserError(f"--image {path}: not a readable picture ({error})") from None
+        raise UserError(f"{path}: not a readable picture ({error})") from None
 
 
-def read_video(path, most=None):
-    """A clip's frames as uint8 [F, H, W, 3], the first `most` of them, and its frames per second.
-
-    UserError if it cannot be decoded.
-    """
+def read_video(path):
+    """A clip's frames as uint8 [F, H, W, 3], and its frames per second. UserError if it cannot be decoded."""
     try:
         with av.open(str(path)) as container:
             fps = float(container.streams.video[0].average_rate or 0)
-            decoded = itertools.islice(container.decode(video=0), most)
-            frames = [frame.to_ndarray(format="rgb24") for frame in decoded]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, OSError, IndexError) as error:
         raise UserError(f"{path}: not a readable video ({error})") from None
     if len({frame.shape for frame in frames}) != 1:
@@ -355,7 +348,7 @@ class SampleOptions:
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
     base_lora: str = option("", "a distilled base's LoRA, merged: [high=|low=]FILE[:STRENGTH], comma-separated")
     lora: str = option("", "LoRAs beside the weights: [high=|low=]FILE[:STRENGTH], comma-separated")
-    steps: int | None = option(None, "sampling steps; default: the preset's", least=1, most=1000)
+    sampling_steps: int | None = option(None, "N, sampling steps; default: the preset's", least=1, most=1000)
     shift: float = option(0.0, "of the noise schedule; 0 = the preset's", least=0)
     solver: str = option("", "euler or renoise as in training; default: unipc, and euler for tiny",
                          choices=("", "euler", "unipc", "renoise"))  # fmt: skip
@@ -389,7 +382,7 @@ def main():
         raise UserError(f"--out {options.out}: cannot be written there; name another file")
     preset = find_preset(options.model, options.ckpt, options.shift)
     frames = preset.frames if options.frames is None else options.frames
-    steps = options.steps or preset.steps
+    steps = options.sampling_steps or preset.steps
     tiny = preset.shipped
     picture = read_picture(options.image)
     small, large = sorted(picture.size)

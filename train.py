@@ -106,7 +106,7 @@ def ipro_step(tuning, batch, noise, fresh=None):
     with record_function("decode"):
         wan.at_work("vae")
         x_N = latents[-1].requires_grad_()
-        video = wan.vae.decode(x_N, options.decode_frames or None, tuning.face_window)  # [B, 3, F, H, W] in [-1, 1]
+        video = wan.vae.decode(x_N, options.decode_frames or None, options.face_window)  # [B, 3, F, H, W] in [-1, 1]
         reward, faces = tuning.reward.score(video, *tuning.pool(batch), options.fsm)  # [B]
         # g = d(-w_R R)/dx_N: the graphs of the decoder and the face networks end here
         (grad,) = torch.autograd.grad(-options.reward_weight * reward.sum() / options.batch, x_N)
@@ -137,11 +137,6 @@ class Tuning:
     sigma: torch.Tensor  # [N+1]
     reward: FaceReward
     judge: Judge | None = None
-
-    @property
-    def face_window(self):
-        """Margin in latent cells of the box around faces that the decoder is differentiated in; None: everywhere."""
-        return None if self.options.face_window < 0 else self.options.face_window
 
     @property
     def sampled_frames(self):
@@ -262,8 +257,8 @@ class TrainOptions:
     offload: bool = option(False, "keep on the host what is not at work: networks, and --checkpointing's block inputs")
     decode_frames: int = option(0, "decoder caches kept every n latent frames, one frame's graph at a time; 0 = all's",
                                 least=0)  # fmt: skip
-    face_window: int = option(-1, "decode with gradient the faces only and so many latent cells around; -1 = all",
-                              least=-1)  # fmt: skip
+    face_window: int | None = option(None, "decode with gradient the faces only and so many latent cells around; "
+                                           "default: the whole frame", least=0)  # fmt: skip
     eval_clips: int = option(8, "held-out clips sampled before, after and at every watch", least=1, tiny=60)
     watch_every: int = option(20, "steps between samplings of the held-out clips; 0 = before and after only",
                               least=0, tiny=0, resumable=True)  # fmt: skip

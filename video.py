@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import math
 from collections import deque
-from pathlib import Path
 
 import av
 import numpy as np
@@ -105,7 +104,7 @@ def upright(frame, aspect):
 def read_span(path, fps, start, count):
     """Yield `count` frames as PIL images from frame `start` of a video resampled to `fps`. Refused as in `decode`."""
     for begin in (start / fps, 0):  # a file that cannot be searched by time is read from its start
-        frames = resample(decode(Path(path), begin), fps)
+        frames = resample(decode(path, begin), fps)
         frame = next((f for f in frames if f[0] >= start), None)
         if frame is not None and frame[0] == start:
             break

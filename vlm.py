@@ -38,7 +38,7 @@ def ask(url, model, question, pictures, timeout=60.0, tries=3):
     messages = [dict(role="user", content=content)]
     body = json.dumps(dict(model=model, messages=messages, temperature=0, max_tokens=256)).encode()
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url.rstrip("/") + "/chat/completions", body, headers)
     for attempt in range(tries):

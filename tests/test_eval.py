@@ -27,12 +27,12 @@ from cli import UserError
 from eval import (
     EvalOptions,
     Tuned,
-    begin,
     clip_metrics,
     evaluate,
     face_metrics,
     face_similarity,
     is_whole,
+    make_folder,
     opens2v_similarity,
     person_of,
     read_scorers,
@@ -552,16 +552,16 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_results(tiny, tmp_p
 
 def test_a_folder_goes_on_with_the_options_and_files_that_it_was_begun_with(tiny, tmp_path):
     options, lora = EvalOptions(out=str(tmp_path / "eval")), shutil.copy(tiny / "lora.safetensors", tmp_path)
-    begin(options, dict(tuned=Tuned([Lora("dit", lora)])))
-    begin(options, dict(tuned=Tuned([Lora("dit", lora)]), same=Tuned(weights=lora)))  # a further model is welcome
+    make_folder(options, dict(tuned=Tuned([Lora("dit", lora)])))
+    make_folder(options, dict(tuned=Tuned([Lora("dit", lora)]), same=Tuned(weights=lora)))  # a further model is welcome
     with pytest.raises(UserError, match="another --sampling_steps"):
-        begin(EvalOptions(out=options.out, sampling_steps=3), dict(tuned=Tuned([Lora("dit", lora)])))
+        make_folder(EvalOptions(out=options.out, sampling_steps=3), dict(tuned=Tuned([Lora("dit", lora)])))
     with open(lora, "r+b") as file:  # trained again
         file.seek(-4, os.SEEK_END)
         file.write(bytes(4))
     with pytest.raises(UserError, match="clips of 'tuned' are of another file"):
-        begin(options, dict(tuned=Tuned([Lora("dit", lora)])))
-    begin(options, dict(again=Tuned([Lora("dit", lora)])))
+        make_folder(options, dict(tuned=Tuned([Lora("dit", lora)])))
+    make_folder(options, dict(again=Tuned([Lora("dit", lora)])))
 
 
 def test_tuned_models_have_names_and_are_checked_before_anything_is_sampled(tiny, tmp_path):

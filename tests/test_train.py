@@ -514,7 +514,7 @@ def test_train_sample_and_eval_run(tmp_path, trained):
     assert "tuned - base" in done.stdout and (tmp_path / "eval/report.html").exists()
 
     Image.fromarray(frames[0, :128, :128]).save(tmp_path / "face.png")
-    done = run("sample.py", "--image", "face.png", "--prompt", "a man nods", "--steps", 2, "--lora",
+    done = run("sample.py", "--image", "face.png", "--prompt", "a man nods", "--sampling_steps", 2, "--lora",
                "out/lora.safetensors", "--out", "clip.mp4", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     clip, fps = read_video(tmp_path / "clip.mp4")
