@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -85,7 +86,7 @@ def given_options(cls, argv=None, doc=None, positional=()):
         if choices:
             text += f": {', '.join(filter(None, choices))}"
         if field.default not in (None, ""):
-            others = (f"; {name}: {v}" for name, v in field.metadata["about"].items() if not isinstance(v, bool))
+            others = (f"; {name}: {v}" for name, v in field.metadata["about"].items() if name != "resumable")
             text += f" (default: {field.default}{''.join(others)})"
         text = text.replace("%", "%%")
         if field.name in positional:
@@ -123,13 +124,11 @@ def run(main):
         if isinstance(error, OSError):
             if error.errno not in MENDABLE:
                 raise
-            error = f"{error.filename or 'writing'}: {error.strerror}; mend that and run it again"
+            error = f"{error.filename or 'a file'}: {error.strerror}; mend that and run it again"
         line = f"{program}: {error}"
-        if rank_and_ranks()[1] > 1:  # they have begun: it may be this rank's alone
-            print(f"rank {rank_and_ranks()[0]}: {line}", file=sys.stderr)
-        elif os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes here make the same mistake
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(line, file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a report: this is its cause
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun's own report gives as the cause
             Path(report).write_text(json.dumps(dict(message=line)))
         sys.exit(2)
 
@@ -173,7 +172,7 @@ def lock_folder(folder):
 def whole_file(path):
     """Yield a path beside `path` to write to, which takes its place when all is written; a fault leaves neither.
 
-    UserError where it cannot be written, as on a full disk.
+    OSError, which names `path`, where it cannot be written, as on a full disk.
     """
     path, rank = Path(path), rank_and_ranks()[0]  # ranks may write the same file at once
     part = path.with_name(f"{path.name}.part{rank or ''}")
@@ -182,10 +181,11 @@ def whole_file(path):
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: not written ({reason}); make room and run it again") from None
-        raise
+        code = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+        code = int(code[1]) if code else getattr(error, "errno", None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def write_text(path, text):

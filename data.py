@@ -63,7 +63,7 @@ from reward import FaceReward, alignable, link_identities
 from sample import best_size, condition, cover_and_crop, latent_size, read_picture, to_tensor
 from video import Refused, decode, read_span, resample, survey, upright
 from vlm import Unanswered, ask, yes_or_no
-from weights import find_preset, load_model, write_safetensors
+from weights import Wan, find_preset, write_safetensors
 
 SPLITS = ("train", "heldout")
 
@@ -346,7 +346,7 @@ class Networks:
     """The networks that a process prepares clips with, and the time that each stage took: seconds and frames."""
 
     def __init__(self, options, device):
-        self.wan = load_model(options.model, options.ckpt, device)
+        self.wan = Wan(options.model, options.ckpt, device)
         self.reward = FaceReward.from_folder(options.faces, device, tiled=options.tiled)
         self.encoder = fingerprint(self.reward.encoder)
         self.seconds, self.frames = Counter(), Counter()

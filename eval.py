@@ -69,10 +69,10 @@ from sample import (
 )
 from weights import (
     Checkpoint,
+    Wan,
     blank,
     expected,
     find_preset,
-    load_model,
     load_weights,
     match,
     parse_loras,
@@ -388,7 +388,7 @@ def write_clips(options, clips, jobs, tuned, device):
     tuned: {version: `Tuned`}. Returns {row: why one of its clips cannot be made}, the same on every rank.
     """
     out, dtype = Path(options.out), torch.float32 if options.precision == "fp32" else None
-    wan = load_model(options.model, options.ckpt, device, dtype, shift=options.shift,
+    wan = Wan(options.model, options.ckpt, device, dtype, shift=options.shift,
                      compute_dtype=compute_dtype(options.precision, device),
                      base_loras=parse_loras(options.base_lora, CONFIGS[options.model], "--base_lora"))  # fmt: skip
     rank, ranks = rank_and_ranks()

@@ -21,6 +21,7 @@ only. In shapes, F counts frames of pixels and F' latent frames.
 """
 
 import contextlib
+import functools
 import html
 import math
 import re
@@ -552,12 +553,15 @@ class WanVAE(nn.Module):
         self.conv1 = CausalConv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
         self.conv2 = CausalConv3d(cfg.z_dim, cfg.z_dim, 1)
         self.decoder = Decoder3d(cfg)
-        self.set_scale(cfg.mean or [0.0] * cfg.z_dim, cfg.std or [1.0] * cfg.z_dim)
+        self.set_scale()
 
-    def set_scale(self, mean, std):
-        """The latents' mean and deviation per channel; constants, not in the state_dict (as released)."""
-        for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1, 1)
+    def set_scale(self, mean=(), std=()):
+        """Set the latents' mean and deviation per channel: constants, not in the state_dict (as released).
+
+        Absent ones are the config's, or where that has none 0 and 1.
+        """
+        for name, value, default in (("mean", mean or self.cfg.mean, 0.0), ("std", std or self.cfg.std, 1.0)):
+            value = torch.tensor(value or [default] * self.cfg.z_dim, dtype=torch.float32).view(-1, 1, 1, 1)
             self.register_buffer(name, value, persistent=False)
 
     def moments(self, video, frames=None):
@@ -676,8 +680,7 @@ def convolve(x, weight, bias=None, stride=1, padding=0):
     """`conv_nd`, and `FrozenConv` where only x wants a gradient."""
     if x.requires_grad and not weight.requires_grad:
         return FrozenConv.apply(x, weight, bias, stride, padding)
-    trained = torch.is_grad_enabled() and weight.requires_grad  # mkldnn_convolution has no backward pass of its own
-    return (F.conv2d if weight.dim() == 4 else F.conv3d if trained else conv_nd)(x, weight, bias, stride, padding)
+    return conv_nd(x, weight, bias, stride, padding)
 
 
 class FrozenNormSiLU(torch.autograd.Function):
@@ -757,8 +760,9 @@ class WindowedDecode(torch.autograd.Function):
     """WanVAE.decode whose gradient passes through the latent window under the pixels' non-zero gradient only.
 
     A face reward's gradient at the pixels is zero outside the faces' crops. The window (`gradient_window`) is one box
-    around all of them, in every frame and clip, decoded again as a clip of its own. Only the decoder's attention looks
-    further than a margin: its keys and values outside the window are those of the first pass.
+    around all of them, in every frame and clip, decoded again as a clip of its own. An approximation: at the window's
+    border convolutions meet zeros instead of the frame (cosine to the whole gradient 0.996 at a margin of 4 with Wan
+    2.2's decoder: docs/results.md). Attention, which sees all, has the keys and values of the first pass outside.
     """
 
     @staticmethod
@@ -844,14 +848,11 @@ class WanLayerNorm(nn.LayerNorm):
 def rope_table(grid, head_dim, device):
     """The rotations (cos, sin) [F'·h·w, 1, head_dim/2, 2] by (time, height, width), in fp64."""
     c = head_dim // 2
-    axes = []
-    for i, (n, part) in enumerate(zip(grid, (c - 2 * (c // 3), c // 3, c // 3))):
-        rate = 10000.0 ** -(torch.arange(part, dtype=torch.float64, device=device) / part)
-        angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * rate
-        shape = [1, 1, 1, part]
-        shape[i] = n
-        axes.append(angle.view(shape).expand(*grid, part))
-    angle = torch.cat(axes, -1).flatten(0, 2)[:, None]
+    arange = functools.partial(torch.arange, dtype=torch.float64, device=device)
+    positions = torch.meshgrid(*map(arange, grid), indexing="ij")  # three of [F', h, w]
+    parts = c - 2 * (c // 3), c // 3, c // 3
+    angle = torch.cat([p[..., None] * 10000.0 ** -(arange(n) / n) for p, n in zip(positions, parts)], -1)
+    angle = angle.flatten(0, 2)[:, None]
     return torch.stack([angle.cos(), angle.sin()], -1)
 
 
@@ -1008,7 +1009,7 @@ class WanDiT(nn.Module):
 
 
 def sharded(network):
-    """Does FSDP2 hold a part of it on every rank? Then it stays on the devices."""
+    """True if FSDP2 shards the network's parameters; such a network is never moved."""
     return any(hasattr(p, "full_tensor") for p in network.parameters())
 
 
@@ -1093,8 +1094,11 @@ def lora_layers(model):
 def add_lora(model, rank, alpha=None, targets=LORA_TARGETS):
     """Freeze a model and put a LoRA on every linear layer of its blocks whose name ends in one of `targets`.
 
-    `alpha` defaults to `rank` (scale 1). Returns the new parameters, fp32. Raises ValueError if nothing matches.
+    `alpha` defaults to `rank` (scale 1). Returns the new parameters, fp32. Raises ValueError if nothing matches, or the
+    model has a LoRA already.
     """
+    if lora_layers(model):
+        raise ValueError("the model has a LoRA already: merge it into the weights (merge_lora) first")
     model.requires_grad_(False)
     endings = tuple("." + target for target in targets)
     layers = {name: layer for name, layer in model.named_modules()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from cli import UserError, option, parse_options, run, whole_file
 from model import CONFIGS
-from weights import find_preset, load_model, parse_loras
+from weights import Wan, find_preset, parse_loras
 
 
 def sigmas(steps, shift, start=1.0):
@@ -398,7 +398,7 @@ def main():
     solver = options.solver or ("euler" if tiny else "unipc")
     if not tiny:
         print(sampling_assumptions(options.model, solver, steps, preset.shift, cfg, options.base_lora))
-    wan = load_model(options.model, options.ckpt, device, dtype, keep=False, loras=loras, base_loras=base)
+    wan = Wan(options.model, options.ckpt, device, dtype, keep=False, loras=loras, base_loras=base)
     negative = options.negative if options.negative is not None else "" if tiny else NEGATIVE
     contexts = wan.encode_text([options.prompt, negative] if cfg != 1 else [options.prompt])
     first, y = condition(wan, cover_and_crop(picture, size), frames)

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ from sample import (
     window_backward,
     write_video,
 )
-from weights import find_preset, load_model, parse_loras, save_lora, write_safetensors
+from weights import Wan, find_preset, parse_loras, save_lora, write_safetensors
 
 # DCP warns where one process saves alone, which is meant; FSDP2 where a block returns a view, which nothing changes
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -345,7 +346,7 @@ def prepare(options, device):
     # tuning all weights keeps fp32 masters; the forward pass still computes in bf16
     dtype = torch.float32 if full or options.precision == "fp32" else None
     distribute = shard if full and dist.is_initialized() else None
-    wan = load_model(options.model, options.ckpt, device, dtype, shard=distribute, shift=options.shift,
+    wan = Wan(options.model, options.ckpt, device, dtype, shard=distribute, shift=options.shift,
                      compute_dtype=compute_dtype(options.precision, device),
                      base_loras=parse_loras(options.base_lora, CONFIGS[options.model], "--base_lora"))  # fmt: skip
     wan.offload = options.offload
@@ -647,8 +648,8 @@ def announcement(tuning, clips, unseen, ranks, device):
     yield (f"tuning {what} of {options.model} ({sum(p.numel() for p in tuned) / 1e6:.1f} M numbers) for "
            f"{options.steps} steps of {options.batch} of {len(clips)} clips, on {ranks} x {cores}; face detector on "
            f"{tuning.reward.detector.provider}")  # fmt: skip
-    yield (f"before and after, {min(options.eval_clips, len(unseen))} held-out clips are sampled; all is kept in "
-           f"{options.out}/, and goes on after a stop with: python train.py --resume --out {options.out}")  # fmt: skip
+    yield (f"before and after, {min(options.eval_clips, len(unseen))} held-out clips are sampled; what comes out is in "
+           f"{options.out}/; stopped, the run goes on by --resume")  # fmt: skip
 
 
 def make_folder(options, out):
@@ -668,8 +669,8 @@ def main():
     options = divided_among(ranks, chosen, given)
     micro_batches = micro_batches_of(options, rank, ranks)
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    if options != chosen:
-        say(f"--batch {options.batch} --micro_batch {options.micro_batch}, so that {ranks} rank(s) share a step")
+    if options != chosen and ranks > 1:
+        say(f"--batch {options.batch} --micro_batch {options.micro_batch}, so that {ranks} ranks share a step")
     out = Path(options.out)
     if not CONFIGS[options.model].shipped:
         shift = options.shift or CONFIGS[options.model].shift
@@ -711,7 +712,11 @@ def main():
             left = options.steps - start - 1
             again = 1 + (left // options.watch_every if options.watch_every else 0)
             minutes = (left * (time.perf_counter() - clock) + again * held_out.seconds) / 60
-            say(f"\nabout {minutes:.0f} minutes to go: {left} steps like the first, the held-out clips {again} x")
+            tqdm.write(
+                f"about {max(1, round(minutes))} min to go: {left} steps like this one, then the held-out clips"
+                f"{f', {again} times in all' * (again > 1)}",
+                file=sys.stdout,
+            ) if rank == 0 else None
         bar.set_postfix({k: f"{line[k]:.3f}" for k in ("reward", "kl")})
         skipped = skipped + 1 if line["skipped"] else 0
         steps_taken += not line["skipped"]

@@ -83,11 +83,13 @@ def open_pickle(path):
         except RuntimeError:  # a file of before torch 1.6 cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = f"holds more than tensors, which could run code, so it was not read ({reason})"
-            raise UserError(f"{path}: {reason}") from None
-        raise UserError(f"{path}: not a readable checkpoint ({reason}); download it again") from None
+        with open(path, "rb") as file:
+            pickled = file.read(2) in (b"PK", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+        if pickled and isinstance(error, pickle.UnpicklingError):
+            raise UserError(f"{path}: holds more than tensors, which could run code, so it was not read; take the same "
+                            f"weights as .safetensors") from None  # fmt: skip
+        raise UserError(f"{path}: not a whole checkpoint (one of Git LFS's pointers, a web page, a part?); download it "
+                        f"again") from None  # fmt: skip
     state = state if isinstance(state, dict) else {}
     for wrapper in WRAPPERS:
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
@@ -120,7 +122,9 @@ def shard_files(path):
     if files and all(map(is_shard, files)):
         raise UserError(f"{path}: {len(files)} shard(s) but no *.index.json beside them; download it too")
     names = ", ".join(f.name for f in files[:4])
-    raise UserError(f"{path}: " + (f"several checkpoints ({names}); keep one" if files else "no *.safetensors in it"))
+    raise UserError(
+        f"{path}: " + (f"several checkpoints ({names}); keep one" if files else "no *.safetensors, *.pth or *.pt in it")
+    )
 
 
 def indexed_files(index):
@@ -135,7 +139,9 @@ def indexed_files(index):
     files = [index.parent / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise UserError(f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}")
+        raise UserError(
+            f"{index}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing)}; download them"
+        )
     return files
 
 
@@ -247,8 +253,8 @@ VAE_NAMES = (
     (r"residual\.3\.", "norm2."), (r"residual\.6\.", "conv2."), (r"\.shortcut\.", ".conv_shortcut."),
 )  # fmt: skip
 PREFIX = re.compile(r"^(?:(?:base_model|model|diffusion_model|transformer|transformer_2|unet|module|generator)\.)+")
-BESIDE = re.compile(  # what ComfyUI's files hold beside the weights; nothing of it is needed here
-    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|weight_scale_inv|scale_input|input_scale|comfy_quant)$"
+BESIDE = re.compile(  # no weights: fp8's scales (`Checkpoint.scale` reads them), ComfyUI's marks, UMT5's second name
+    r"(^|\.)(scale_weight|weight_scale|weight_scale_inv|scaled_fp8|scale_input|input_scale|comfy_quant)$"
     r"|^spiece_model$|^(encoder\.embed_tokens|shared)\.weight$"
 )
 
@@ -339,7 +345,7 @@ def quantisation(checkpoint):
     return None
 
 
-def match(module, checkpoint, asked):
+def match(module, checkpoint, asked=""):
     """({native name: name in the checkpoint}, layout); UserError where names, shapes or types do not fit."""
     if quantisation(checkpoint):
         raise UserError(f"{checkpoint.path}: {quantisation(checkpoint)}; {INSTEAD}")
@@ -397,17 +403,17 @@ def own_rows(weight):
     return slice(start, min(count, start + each))
 
 
-def load_weights(module, path, device=None, dtype=None, asked=""):
+def load_weights(module, path, device=None, dtype=None):
     """Load a checkpoint of any layout into a network; returns `Loaded`.
 
     path: a .safetensors, .pt or .pth file, or a folder with one or with shards and their index. A network on the meta
     device gets its weights on `device` in `dtype` (default: the file's); another keeps its own device and types.
     A WanDiT in half precision keeps norms, modulations, time embedding and head in fp32, as the reference computes
     them. Of weights that FSDP2 shards, each rank reads its own rows only. Raises UserError, before any weight
-    changes, with every missing, unexpected and mis-shaped key.
+    changes, with how many keys are missing, unexpected or mis-shaped, and the first of each.
     """
     checkpoint = Checkpoint(path)
-    names, layout = match(module, checkpoint, asked)
+    names, layout = match(module, checkpoint)
     native = {v: k for k, v in names.items()}
     rows = {v: own_rows(module.get_parameter(k)) for v, k in native.items()}
     wanted = {v for v in native if rows[v] is None or rows[v].start < rows[v].stop}
@@ -477,12 +483,18 @@ def plain_name(name):
 def lora_alpha(checkpoint, prefix):
     """The alpha that PEFT keeps in an adapter_config.json beside its file, and Diffusers in the header under a prefix,
     "transformer" or "transformer_2"; else None."""
-    file, config = checkpoint.files[0], {}
+    file, settings = checkpoint.files[0], "{}"
     beside = file.with_name("adapter_config.json")
-    if file.name.startswith("adapter_model") and beside.is_file():
-        config = json.loads(beside.read_text())
+    beside_it = file.name.startswith("adapter_model") and beside.is_file()
+    if beside_it:
+        settings = beside.read_text()
     elif "lora_adapter_metadata" in checkpoint.metadata:
-        config = json.loads(checkpoint.metadata["lora_adapter_metadata"])
+        settings = checkpoint.metadata["lora_adapter_metadata"]
+    try:
+        config = dict(json.loads(settings))
+    except ValueError:
+        raise UserError(f"{checkpoint.path}: its PEFT settings are not JSON; download it again") from None
+    if not beside_it:
         config = {k.removeprefix(prefix + "."): v for k, v in config.items() if k.startswith(prefix + ".")}
     odd = [k for k in ("alpha_pattern", "use_rslora", "use_dora") if config.get(k)]
     if odd:
@@ -517,7 +529,7 @@ def match_lora(model, checkpoint, part):
         elif parsed or not any(plain_name(key[: dot.start()]) in known for dot in re.finditer(r"\.", key)):
             unmatched.add(PREFIX.sub("", parsed["module"] if parsed else key))
         else:
-            raise UserError(f"{path}: {key} is no kind of update that can be added; without it the rest means little")
+            raise UserError(f"{path}: {key} is an update of a kind that is not read (DoRA, LoKr); take a plain LoRA")
     if not found:
         has, wants = next(iter(keys), "no tensor"), next(iter(modules))
         raise UserError(f"{path}: nothing to merge, no name fits this model; the file has {has}, the model {wants}")
@@ -528,10 +540,12 @@ def match_lora(model, checkpoint, part):
         out, *inner = weights[name].shape
         fits = sizes.get("diff", (out, *inner)) == (out, *inner) and sizes.get("diff_b", (out,)) == (out,)
         if "down" in sizes:
-            fits = fits and sizes["up"][:2] == (out, sizes["down"][0]) and sizes["down"][1] == inner[0]
+            (rank, *wide), (tall, *thin) = sizes["down"], sizes["up"]
+            fits = fits and tall == out and math.prod(thin) == rank and math.prod(wide) == math.prod(inner)
+        fits = fits and math.prod(sizes.get("alpha", ())) == 1
         if not fits or ("diff_b" in kinds and getattr(modules.get(name), "bias", None) is None):
             size = f"{name} is {sizes}, the model's weight is {(out, *inner)}"
-            raise UserError(f"{path}: {size}: a LoRA of another model")
+            raise UserError(f"{path}: {size}: a LoRA of another model; take one of this model")
     return found, sorted(unmatched), lora_alpha(checkpoint, prefix)
 
 
@@ -568,8 +582,8 @@ def add_rounded(weight, update, name):
 
     A bf16 weight is rounded at random to one of its two neighbours, with the probabilities that keep the sum's mean:
     rounding to the nearest leaves a third of an update of 6e-4 of the weights' norm, this all of it. The draw depends
-    on the weight's name only, so that all ranks have the same weights. Of a weight that FSDP2 shards, each rank adds
-    to its own rows.
+    on the weight's name, so that all ranks have the same weights. Of a weight that FSDP2 shards, each rank adds to its
+    own rows, whose draw begins anew.
     """
     rows = own_rows(weight)
     if rows is not None:
@@ -672,7 +686,7 @@ def place_lora(part, path, strength, preset, option):
         high = [Lora("high", path, strength)] if "transformer" in prefixes else []
         return [*high, Lora("low", path, strength)]
     part = part or checkpoint.metadata.get("expert") or expert_in_name(path)
-    if part is None:
+    if part not in ("high", "low"):
         which = "its name does not tell whether it is for A14B's high-noise or its low-noise expert"
         raise UserError(f"{option} {path}: {which}; give high={path} or low={path}")
     return [Lora(part, path, strength)]
@@ -774,10 +788,10 @@ def find_parts(name, folder):
 
 
 def check_experts(high, low):
-    """A14B's two experts have the same names and shapes, so only their place and their values tell them apart."""
+    """UserError where A14B's experts are swapped or one file twice: their names and shapes cannot tell."""
     for path, other in ((high, "low_noise"), (low, "high_noise")):
         if other in path.resolve().name:
-            raise UserError(f"{path}: is {path.resolve().name}, the other expert; the two are swapped")
+            raise UserError(f"{path}: is {path.resolve().name}, the other expert; exchange the two")
     values = []
     for file in (Checkpoint(high), Checkpoint(low)):
         name = next((k for k in file.shapes if k.endswith("patch_embedding.bias")), None)
@@ -802,17 +816,19 @@ class Wan:
     Every file's header is checked at once. `dit` and `text` are in `dtype`, the VAE in fp32 as the reference has it;
     `dit` and `vae` compute in `compute_dtype` (None: in their own). With keep=False only one network is in memory:
     asking for another lets the last one go (sampling). Whenever a transformer is read, those of `base_loras` that are
-    its own are merged into it, as of a distilled base, and those of `loras` are put beside its weights. shard(module),
-    if given, distributes a transformer over ranks before its weights are read (FSDP2). offload, which may be set at any
-    time: see `at_work`.
+    its own are merged into it, as of a distilled base, and those of `loras` (both `parse_loras`'s) are put beside its
+    weights. shard(module), if given, distributes a transformer over ranks before its weights are read (FSDP2). dtype
+    defaults to fp32 for tiny and bf16 for Wan 2.2, shift to the preset's. offload, set before anything is at work: see
+    `at_work`. Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any is read.
     """
 
-    def __init__(self, name, preset, ckpt=None, device="cpu", dtype=torch.float32, keep=True, loras=(), shard=None,
+    def __init__(self, name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None, shift=None,
                  compute_dtype=None, base_loras=()):  # fmt: skip
         from tokenizers import Tokenizer
 
-        self.name, self.preset, self.device = name, preset, torch.device(device)
-        self.dtype, self.compute_dtype, self.keep, self.shard = dtype, compute_dtype, keep, shard
+        self.name, self.preset, self.device = name, find_preset(name, ckpt, shift), torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.preset.shipped else torch.bfloat16)
+        self.compute_dtype, self.keep, self.shard = compute_dtype, keep, shard
         self.loras, self.base_loras, self.networks, self.offload = loras, base_loras, {}, False
         self.paths = find_parts(name, ckpt or self.preset.folder)
         for part, path in self.paths.items():
@@ -820,7 +836,10 @@ class Wan:
                 match(blank(self.preset, part), Checkpoint(path), expected(self.preset, part))
         if "high" in self.paths:
             check_experts(self.paths["high"], self.paths["low"])
-        self.tokenizer = Tokenizer.from_file(str(self.paths["tokenizer"]))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(self.paths["tokenizer"]))
+        except Exception as error:
+            raise UserError(f"{self.paths['tokenizer']}: not a tokenizer ({error}); download it again") from None
         self.tokenizer.no_padding()  # `tokenize` pads, and refuses what it would have to cut
         self.tokenizer.no_truncation()
 
@@ -854,7 +873,7 @@ class Wan:
         done = load_weights(module, self.paths[part], self.device, dtype)
         if part == "vae":
             scale = {k: json.loads(done.metadata[k]) for k in ("mean", "std") if k in done.metadata}
-            module.set_scale(**(dict(mean=self.preset.vae.mean, std=self.preset.vae.std) | scale))
+            module.set_scale(**scale)
             module.to(self.device)
         if part != "text":
             module.compute_dtype = self.compute_dtype
@@ -864,12 +883,6 @@ class Wan:
         add_own_loras(module, part, self.base_loras, merge_lora)
         add_own_loras(module, part, self.loras, attach_lora)
         return module.eval().requires_grad_(False)
-
-    def attach(self, loras):
-        """Put further LoRAs beside the weights of the transformers that are in memory, and of those yet to be read."""
-        self.loras = [*self.loras, *loras]
-        for part, module in self.dit.named_children() if isinstance(self.dit, Experts) else [("dit", self.dit)]:
-            add_own_loras(module, part, loras, attach_lora)
 
     def at_work(self, *parts):
         """With `offload`, bring the loaded networks of these names to the device, and the others to the host.
@@ -906,20 +919,6 @@ def find_preset(name, ckpt=None, shift=None):
     if not ckpt and not CONFIGS[name].shipped:
         raise UserError(f"--model {name} needs --ckpt DIR, a folder with {DOWNLOAD[name]}")
     return replace(CONFIGS[name], shift=shift) if shift else CONFIGS[name]
-
-
-def load_model(name, ckpt=None, device="cpu", dtype=None, keep=True, loras=(), shard=None, shift=None,
-               compute_dtype=None, base_loras=()):  # fmt: skip
-    """A preset's networks (`Wan`); dtype defaults to fp32 for tiny and bf16 for Wan 2.2, shift to the preset's.
-
-    loras, base_loras: `parse_loras`'s.
-
-    Raises UserError for an unknown preset, and for missing, torn or wrong weights, before any of them is read.
-    """
-    preset = find_preset(name, ckpt, shift)
-    if dtype is None:
-        dtype = torch.float32 if preset.shipped else torch.bfloat16
-    return Wan(name, preset, ckpt, device, dtype, keep, loras, shard, compute_dtype, base_loras)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -324,9 +324,9 @@ def figures(args):
 
     from data import Clips
     from reward import ArcFace, FaceReward
-    from weights import load_model
+    from weights import Wan
 
-    wan, reward = load_model("tiny"), FaceReward.from_folder(ASSETS)
+    wan, reward = Wan("tiny"), FaceReward.from_folder(ASSETS)
     train_clips, _, _ = codec.read_clips(args.work / "clips/train", args.work / "train.npy")
     held_out, _, _ = codec.read_clips(args.work / "clips/heldout", args.work / "heldout.npy")
     code = codec.evaluate(wan.vae, held_out, 120)

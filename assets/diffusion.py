@@ -28,7 +28,7 @@ from eval import compute_dtype
 from model import WanDiT
 from reward import FaceReward
 from sample import rollout, seeded_noise, sigmas, velocity, with_first_frame
-from weights import load_model, load_weights, write_safetensors
+from weights import Wan, load_weights, write_safetensors
 
 CLIPS, BATCH, MICRO_BATCH = 1_000_000, 64, 16  # clips that a run sees; a step's; those in work at once on a CPU
 RATE, WARMUP, DECAY = 1e-3, 100, 0.2  # peak learning rate; steps up to it; share of the run that leads down from it
@@ -278,7 +278,7 @@ def train(work, out, start=None, threads=2, read=read_split, **options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(work) / "dit"
     folder.mkdir(parents=True, exist_ok=True)
-    wan = load_model("tiny", device=device, compute_dtype=compute_dtype("", device))
+    wan = Wan("tiny", device=device, compute_dtype=compute_dtype("", device))
     reward = FaceReward.from_folder(Path(__file__).parent, device)
     data, unseen = (read(wan, Path(work), split) for split in ("train", "heldout"))
     torch.manual_seed(options.get("seed", 0))

@@ -288,10 +288,10 @@ def cosine(which, seed):
     from data import Clips
     from reward import FaceReward
     from sample import rollout, seeded_noise, sigmas
-    from weights import load_model
+    from weights import Wan
 
     if which == "tiny":
-        wan, reward = load_model("tiny"), FaceReward.from_folder(model.ASSETS)
+        wan, reward = Wan("tiny"), FaceReward.from_folder(model.ASSETS)
         clips = Clips(model.ASSETS / "data", "heldout")
         row = clips.spread(6)[seed]
         batch, vae = clips.batch([row]), wan.vae

@@ -1,6 +1,9 @@
 """The programs as a person runs them: mistakes are one line and exit status 2, nothing half-written."""
 
 import dataclasses
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,8 @@ import eval as evaluation
 import plan
 import sample
 import train
+from model import CONFIGS, WanDiT, add_lora
+from weights import save_lora
 
 REPO = Path(__file__).parent.parent
 
@@ -129,7 +134,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(program, arguments, told, tm
 
 def test_a_mistake_of_a_process_is_its_exit_status(tmp_path):
     for program, arguments, told in (
-        ("sample.py", ["--image", "none.png"], "sample.py: --image none.png: no such file"),
+        ("sample.py", ["--image", "none.png"], "sample.py: none.png: no such file"),
         ("train.py", ["--window", "9"], "train.py: --window 9: more than the 8 sampling steps"),
         ("data.py", ["nowhere", "--out", "made"], "data.py: nowhere: no such folder or file"),
         ("eval.py", ["--seeds", "0"], "eval.py: --seeds 0: at least 1"),
@@ -153,4 +158,70 @@ def test_help_lists_every_option_with_its_default(tmp_path):
             shown = f.name if program == "data.py" and f.name == "clips" else f"--{f.name}"
             assert shown in told
             if f.default not in (None, ""):
-                assert "".join(f"(default: {f.default})".split()) in told
+                assert "".join(f"(default: {f.default}".split()) in told
+
+
+def test_help_says_what_a_recipe_and_the_tiny_model_take_instead(tmp_path):
+    told = " ".join(run("train.py", "--help", cwd=tmp_path).stdout.split())
+    assert "(default: 64; roll: 8; tiny: 3)" in told and "(default: True; roll: False)" in told
+
+
+TRAINED = ["--steps", "2", "--batch", "1", "--sampling_steps", "2", "--window", "1", "--eval_clips", "1"]
+FULL = [  # program, its arguments, KB of a disk that fills while it writes, what must be told
+    ("sample.py", ["--image", REPO / "assets/face.png", "--prompt", "he nods", "--sampling_steps", "1"], 8, "clip.mp4"),
+    ("data.py", ["clips"], 24, "safetensors"),
+    ("data.py", ["clips"], 48, "No space left on device"),  # at the end
+    ("eval.py", ["--clips", "1", "--sampling_steps", "1"], 60, "mp4"),
+    ("train.py", TRAINED, 4, "No space left on device"),  # at once
+    ("train.py", TRAINED, 3000, "checkpoints/step-000002: not written"),
+]
+
+
+@pytest.mark.parametrize("program, arguments, room, told", FULL, ids=[f"{case[0]} {case[2]} KB" for case in FULL])
+def test_a_disk_that_fills_is_one_line_and_with_room_all_goes_on(program, arguments, room, told, tmp_path):
+    """In a mount namespace of its own, on a tmpfs."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "x", tmp_path], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    if program == "eval.py":
+        dit = WanDiT(CONFIGS["tiny"].dit)
+        add_lora(dit, 2)
+        save_lora(dit, tmp_path / "lora.safetensors")
+        arguments = [*arguments, "--lora", tmp_path / "lora.safetensors"]
+    (tmp_path / "clips").mkdir()
+    for name in ("0000_0", "0001_0"):
+        for suffix in (".mp4", ".txt"):
+            shutil.copy(REPO / "assets/clips/train" / f"{name}{suffix}", tmp_path / "clips")
+    (tmp_path / "disk").mkdir()
+    out = tmp_path / "disk" / ("clip.mp4" if program == "sample.py" else "out")
+    command = shlex.join(map(str, [sys.executable, REPO / program, *arguments, "--out", out]))
+    more = "--resume" if program == "train.py" and room > 100 else ""
+    script = f"""cd {tmp_path}; mount -t tmpfs -o size={room}k x disk
+                 {command} 2> first; echo $?; find disk -name '*.part*' | wc -l
+                 mount -o remount,size=1g disk; {command} {more} 2> second; echo $?"""
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True)
+    first, second = ((tmp_path / name).read_text() for name in ("first", "second"))
+    codes = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert codes == ["2", "0", "0"], (done.stdout, first, second)
+    assert "Traceback" not in first and told in first.splitlines()[-1], first
+
+
+def test_two_evaluations_in_one_folder_are_refused(tmp_path, monkeypatch, capfd):
+    dit = WanDiT(CONFIGS["tiny"].dit)
+    add_lora(dit, 2)
+    save_lora(dit, tmp_path / "lora.safetensors")
+    lock = cli.lock_folder(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--lora", str(tmp_path / "lora.safetensors"), "--out", lock.name[:-5]])
+    with pytest.raises(SystemExit) as end:
+        cli.run(evaluation.main)
+    assert end.value.code == 2 and f"process {os.getpid()} on" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+    lock.close()  # as where that process has died
+    cli.lock_folder(tmp_path / "out")
+
+
+def test_torchrun_reports_the_mistake_as_its_cause(tmp_path):
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node 2 {REPO / 'train.py'} --batch 3".split()
+    done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True)
+    line = "train.py: --batch 3 is no multiple of"
+    assert done.returncode == 1 and sum(text.startswith(line) for text in done.stderr.splitlines()) == 1
+    assert line in done.stderr[done.stderr.index("Root Cause") :] and not list(tmp_path.iterdir())

@@ -34,7 +34,7 @@ from sample import read_video, to_tensor
 from tests.test_cli import REPO, run
 from video import Refused, decode, find_cuts, read_span, resample, survey
 from vlm import Unanswered, ask, yes_or_no
-from weights import load_model
+from weights import Wan
 
 PEOPLE = sorted((ASSETS / "clips/heldout").glob("*_0.mp4"))
 CAPTION = "a man nods"
@@ -218,7 +218,7 @@ def test_the_cache_holds_what_the_networks_give(troublemakers):
     row = next(row for row in rows(folder / "set") if row["clip"] == "good")
     clips = Clips(folder / "set", row["split"])
     row = [r["clip"] for r in clips.rows].index("good")
-    batch, wan = clips.batch([row]), load_model("tiny")
+    batch, wan = clips.batch([row]), Wan("tiny")
     frames, _ = read_video(folder / "clips/good.mp4")
     assert np.array_equal(clips.video(row), frames)
     first = wan.vae.encode(to_tensor(frames[:1]))
@@ -649,7 +649,7 @@ def test_two_runs_into_one_folder_are_refused(tmp_path):
     held = data.write_options(tmp_path, DataOptions(size=(128, 128)))
     code = f"import data, pathlib; data.write_options(pathlib.Path({str(tmp_path)!r}), data.DataOptions(size=(8, 8)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert "another data.py is at work" in done.stderr
+    assert "is at work in it; name another folder" in done.stderr
     held.close()
 
 

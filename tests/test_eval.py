@@ -44,7 +44,7 @@ from model import ASSETS, add_lora
 from reward import CLIPVision, FaceReward
 from sample import cover_and_crop, read_video, to_tensor, write_video
 from tests.test_cli import REPO, run
-from weights import Lora, load_model, save_lora
+from weights import Lora, Wan, save_lora
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics of one clip
@@ -436,7 +436,7 @@ def test_the_hacking_rate_is_a_yes_or_no_and_what_is_neither_is_unclear():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, clips):
     """A folder with a set, `data`, that data.py might have made, and a random LoRA, `lora.safetensors`."""
-    folder, wan = tmp_path_factory.mktemp("tiny"), load_model("tiny")
+    folder, wan = tmp_path_factory.mktemp("tiny"), Wan("tiny")
     write_set(folder / "data", wan, clips, [0, 1, 20, 21, 50, 51])
     torch.manual_seed(0)
     for k, parameter in enumerate(add_lora(wan.dit, 2)):

@@ -27,7 +27,7 @@ from plan import PlanOptions, simulate
 from reward import FaceReward, velocity_kl
 from sample import read_video, rollout, seeded_noise, sigmas, velocity
 from tests.test_cli import REPO, run
-from weights import load_model
+from weights import Wan
 
 OPTIONS = train.TrainOptions(batch=2, micro_batch=2, lr=2e-3, window=2, sampling_steps=4, warmup=0, precision="fp32")
 
@@ -41,7 +41,7 @@ def tuning_of(wan, reward, **changes):
 @pytest.fixture(scope="module")
 def scene():
     """The tiny model in a `Tuning`, two training clips with noise, and the LoRA's parameters."""
-    wan, reward = load_model("tiny"), FaceReward.from_folder(ASSETS)
+    wan, reward = Wan("tiny"), FaceReward.from_folder(ASSETS)
     clips = Clips(ASSETS / "data", "train")
     batch = clips.batch([0, 5])
     noise = torch.stack([seeded_noise(clips.latent_shape(wan.preset, 0), 3, k) for k in range(2)])
@@ -153,7 +153,7 @@ def test_the_plan_runs_the_step_without_data_and_streaming_lowers_its_peak():
     options = PlanOptions(model="tiny", sampling_steps=2, window=1, frames=33, size=(128, 128))
     whole = simulate(options)
     parts = simulate(dataclasses.replace(options, decode_frames=2))
-    dit = load_model("tiny").dit
+    dit = Wan("tiny").dit
     assert whole.sizes["transformer"] < 4 * sum(p.numel() for p in dit.parameters())  # bf16 but for the norms
     assert parts.peaks["decode"] < whole.peaks["decode"] and parts.flops["window"] == whole.flops["window"] > 0
     rests = simulate(dataclasses.replace(options, offload=True))  # the network that is not at work
@@ -473,7 +473,7 @@ def test_a_run_that_tunes_nothing_says_so_and_a_folder_in_use_is_refused(tmp_pat
     lock = open(tmp_path / "out/lock", "a+")
     fcntl.flock(lock, fcntl.LOCK_EX)
     text, _ = (run_ := tune(tmp_path, data, "--steps", 4, "--resume")).communicate()
-    assert run_.returncode == 2 and "trains in it; name another folder" in text, text
+    assert run_.returncode == 2 and "is at work in it; name another folder" in text, text
 
 
 QUICK = "--steps 3 --batch 1 --micro_batch 1 --sampling_steps 2 --window 1 --eval_clips 2 --save_every 2".split()
