@@ -109,7 +109,8 @@ def parse_options(cls, argv=None, doc=None, positional=()):
 
 
 # errors of the operating system that a person can mend
-MENDABLE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+MENDABLE = *FULL, errno.EROFS, errno.EACCES, errno.EPERM
 
 
 def run(main):
@@ -124,7 +125,8 @@ def run(main):
         if isinstance(error, OSError):
             if error.errno not in MENDABLE:
                 raise
-            error = f"{error.filename or 'a file'}: {error.strerror}; mend that and run it again"
+            remedy = "make room" if error.errno in FULL else "mend that"
+            error = f"{error.filename or 'a file'}: {error.strerror}; {remedy} and start it again"
         line = f"{program}: {error}"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(line, file=sys.stderr)
@@ -209,6 +211,9 @@ def read_options(folder):
 
 def this_device():
     """The device of this process, which torch takes as the current one from here on: its own GPU, or the CPU."""
+    # Segments that grow leave less of a GPU unusable: one step of wan5b had 18.6 GB of live tensors in 29.5 without.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -321,7 +321,7 @@ class Clips:
         try:
             frames = list(read_span(path, row["fps"], row.get("start", 0), row["frames"]))
             if len(frames) < row["frames"]:
-                raise Refused("short", f"it has {len(frames)} of the {row['frames']} frames that the set was made of")
+                raise Refused("short", f"{len(frames)} frames, {row['frames']} were there when the set was made")
         except Refused as error:
             raise UserError(f"{path}: {error}; make the set again with data.py") from None
         return np.stack([cover_and_crop(frame.crop(row.get("crop")), row["size"]) for frame in frames])
@@ -533,7 +533,7 @@ def read_caption(item, optional):
         try:
             caption = file.read_text(encoding="utf-8-sig").strip()
         except (UnicodeDecodeError, OSError) as error:
-            raise Refused("caption", f"{file.name} cannot be read as UTF-8 text ({error})") from None
+            raise Refused("caption", f"{file.name} is not UTF-8 text, or not to be read ({error})") from None
     if not caption and not optional:
         raise Refused("caption", "no caption: " + (f"{file.name} is missing or empty" if item.caption is None
                                                    else "its prompt is empty"))  # fmt: skip

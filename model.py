@@ -25,6 +25,8 @@ import functools
 import html
 import math
 import re
+import types
+import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -946,8 +948,7 @@ class WanDiT(nn.Module):
 
     compute_dtype: of autocast in the forward pass (None: none of its own). checkpointing: the graph keeps each block's
     input only, and the block is computed again in the backward pass. saved_inputs: a function that gives the context in
-    which those inputs are saved; to keep them on the host,
-    functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=torch.cuda.is_available()).
+    which those inputs are saved; to keep them on the host, HostInputs().hooks.
     """
 
     def __init__(self, cfg):
@@ -1008,16 +1009,82 @@ class WanDiT(nn.Module):
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, cfg.out_dim, *size)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# --offload: what is not at work waits on the host
+
+
 def sharded(network):
     """True if FSDP2 shards the network's parameters; such a network is never moved."""
     return any(hasattr(p, "full_tensor") for p in network.parameters())
 
 
 def move_frozen(network, device):
-    """Move a network's frozen weights; the trained ones stay where their gradients and the optimizer's state are."""
+    """Move a network's frozen weights; the trained ones stay where their gradients and the optimizer's state are.
+
+    A frozen weight never changes, so the host keeps one copy, pinned where there is CUDA: to let a network go copies
+    nothing, and to bring it back is one pass at the bus's speed that nobody on the host waits for.
+    """
+    device = torch.device(device)
     for p in network.parameters():
-        if not p.requires_grad:
-            p.data = p.data.to(device)
+        if p.requires_grad or p.device.type == device.type:
+            continue
+        if not hasattr(p, "on_host"):
+            p.on_host = torch.empty(p.shape, dtype=p.dtype, pin_memory=torch.cuda.is_available()).copy_(p.data)
+        p.data = p.on_host if device.type == "cpu" else p.on_host.to(device, non_blocking=True)
+
+
+class HostInput(types.SimpleNamespace):
+    """A tensor that waits on the host: its buffer and device, the copy that is on its way back, and the one before."""
+
+
+class HostInputs:
+    """Keeps block inputs for the backward pass in pinned memory of the host; give `hooks` to WanDiT.saved_inputs.
+
+    Copies go over a stream of their own: out while the next block runs, back while the block after it in the backward
+    pass is at work. A buffer is used again when the graph has let its tensor go. Without CUDA, a plain copy.
+    """
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.free, self.newest = {}, None  # buffers by (shape, dtype); the input that was kept last
+
+    def hooks(self):
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def beside(self):
+        """The context in which work goes to the copying stream."""
+        return torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext()
+
+    def pack(self, x):
+        free = self.free.setdefault((x.shape, x.dtype), [])
+        buffer = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=self.stream is not None)
+        kept = HostInput(buffer=buffer, device=x.device, back=None, before=self.newest or (lambda: None))
+        weakref.finalize(kept, free.append, buffer)
+        self.newest = weakref.ref(kept)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # until x is computed
+            x.record_stream(self.stream)
+        with self.beside():
+            buffer.copy_(x, non_blocking=True)
+        return kept
+
+    def fetch(self, kept):
+        """Begin to bring an input back."""
+        with self.beside():
+            kept.back = torch.empty_like(kept.buffer, device=kept.device).copy_(kept.buffer, non_blocking=True)
+            kept.done = self.stream and self.stream.record_event()
+
+    def unpack(self, kept):
+        if kept.back is None:
+            self.fetch(kept)
+        x, kept.back = kept.back, None
+        if self.stream:
+            torch.cuda.current_stream().wait_event(kept.done)
+            x.record_stream(torch.cuda.current_stream())
+        before = kept.before()
+        if before is not None and before.back is None:
+            self.fetch(before)  # its block's backward pass is the next
+        return x
 
 
 class Experts(nn.Module):

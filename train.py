@@ -64,7 +64,7 @@ from eval import (
     side_by_side,
     table,
 )
-from model import ASSETS, CONFIGS, add_lora, lora_disabled
+from model import ASSETS, CONFIGS, HostInputs, add_lora, lora_disabled
 from reward import FaceReward, velocity_kl
 from sample import (
     fresh_noise,
@@ -353,8 +353,7 @@ def prepare(options, device):
     tuned = reference = wan.tuned
     tuned.checkpointing = options.checkpointing
     if options.offload:
-        pinned = torch.cuda.is_available()
-        tuned.saved_inputs = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=pinned)
+        tuned.saved_inputs = HostInputs().hooks
     if full:
         reference = wan.load("dit" if wan.preset.boundary is None else "low")  # a frozen copy, sharded as well
         tuned.requires_grad_(True)
@@ -362,7 +361,7 @@ def prepare(options, device):
         add_lora(tuned, options.lora_rank)
     if options.compile:
         for block in tuned.blocks:
-            block.compile()
+            block.compile(fullgraph=True)  # an error rather than parts that silently run uncompiled
     reward = FaceReward.from_folder(options.faces, device, options.tiled, options.pool_first)
     return Tuning(wan, tuned, reference, options, sigmas(options.sampling_steps, wan.preset.shift), reward)
 

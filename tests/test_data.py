@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import os
 import random
 import re
 import shutil
@@ -26,7 +27,7 @@ import torch
 from PIL import Image
 
 import data
-from cli import UserError
+from cli import UserError, lock_folder
 from data import Clips, DataOptions, face_travel, filter_faces, list_items, prepare_file
 from model import ASSETS
 from reward import ArcFace
@@ -110,8 +111,8 @@ def rows(folder, name="index.jsonl"):
 
 
 def digest(folder):
-    """Every file of a folder by its name."""
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    """Every file of a folder by its name, but the lock, which says who made it."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "lock"]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -645,12 +646,11 @@ def test_several_processes_make_the_same_set(small_set, how, tmp_path):
     assert digest(folder / how).keys() == digest(folder / "whole").keys()
 
 
-def test_two_runs_into_one_folder_are_refused(tmp_path):
-    held = data.write_options(tmp_path, DataOptions(size=(128, 128)))
-    code = f"import data, pathlib; data.write_options(pathlib.Path({str(tmp_path)!r}), data.DataOptions(size=(8, 8)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert "is at work in it; name another folder" in done.stderr
-    held.close()
+def test_two_runs_into_one_folder_are_refused(small_set, tmp_path):
+    lock = lock_folder(tmp_path / "out")
+    done = run("data.py", small_set[0] / "clips", "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 2 and f"process {os.getpid()} on" in done.stderr and "is at work in it" in done.stderr
+    lock.close()
 
 
 # --------------------------------------------------------------------------------------------- what train.py reads

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
-import functools
+import types
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cli import UserError
@@ -16,6 +17,7 @@ from model import (
     CONFIGS,
     UMT5,
     DiTConfig,
+    HostInputs,
     LoRALinear,
     UMT5Config,
     VAEConfig,
@@ -262,9 +264,8 @@ def test_checkpointed_blocks_have_the_same_gradient():
     dit = randomise(WanDiT(SMALL)).double()
     x, t, context = torch.randn(1, 12, 2, 4, 4).double(), torch.tensor([300.0]), torch.randn(1, 5, 40).double()
     grads = []
-    on_host = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=torch.cuda.is_available())
-    plain = contextlib.nullcontext
-    for dit.checkpointing, dit.saved_inputs in ((False, plain), (True, plain), (True, on_host)):
+    on_host, plain = HostInputs(), contextlib.nullcontext
+    for dit.checkpointing, dit.saved_inputs in ((False, plain), (True, plain), (True, on_host.hooks)):
         dit.zero_grad()
         dit(x, t, context).square().sum().backward()
         grads.append([p.grad.clone() for p in dit.parameters()])
@@ -315,13 +316,47 @@ def test_a_frozen_convolution_has_the_gradient_of_any_stride_and_padding_and_kee
     assert torch.allclose(g, g_ref, rtol=1e-12, atol=1e-12)
 
 
-def test_what_goes_to_the_host_are_frozen_weights_only():
-    """A trained one would lose what DDP has hooked to it. (With one device at hand, a type shows what is moved.)"""
-    dit = WanDiT(SMALL).requires_grad_(False)
-    trained = add_lora(dit, 2)
-    move_frozen(dit, torch.float64)
-    assert {p.dtype for p in trained} == {torch.float32}
-    assert {p.dtype for p in dit.parameters() if not p.requires_grad} == {torch.float64}
+class Weight:
+    """What `move_frozen` touches of a parameter, which unlike one may go to the meta device."""
+
+    def __init__(self, data, requires_grad=False):
+        self.data, self.requires_grad = data, requires_grad
+
+    device, shape, dtype = (property(lambda self, name=name: getattr(self.data, name)) for name in
+                            ("device", "shape", "dtype"))  # fmt: skip
+
+
+def test_what_goes_to_the_host_are_frozen_weights_and_the_host_copies_them_once():
+    """A trained one would lose what is hooked to it. (With one device at hand, meta stands for the other.)"""
+    frozen, trained = Weight(torch.randn(3)), Weight(torch.randn(3), True)
+    network, value = types.SimpleNamespace(parameters=lambda: (frozen, trained)), frozen.data.clone()
+    move_frozen(network, "meta")
+    copy = frozen.on_host
+    assert frozen.data.is_meta and not trained.data.is_meta and not hasattr(trained, "on_host")
+    for _ in range(2):
+        move_frozen(network, "cpu")
+        assert frozen.data is copy and torch.equal(copy, value)
+        move_frozen(network, "meta")
+        assert frozen.data.is_meta and frozen.on_host is copy
+
+
+def test_inputs_on_the_host_use_their_buffers_again():
+    on_host, w = HostInputs(), torch.randn(8, 8, requires_grad=True)
+    seen = []
+
+    def step():
+        x = torch.ones(4, 8)
+        for _ in range(3):
+            with on_host.hooks():
+                x = checkpoint(lambda x: (x @ w).sin(), x, use_reentrant=False)
+        grad = torch.autograd.grad(x.sum(), w, retain_graph=True)[0]
+        assert torch.equal(torch.autograd.grad(x.sum(), w)[0], grad)  # a graph may be gone through twice
+        (free,) = [buffers for (shape, _), buffers in on_host.free.items() if shape == (4, 8)]
+        seen.append({buffer.data_ptr() for buffer in free})
+
+    for _ in range(3):
+        step()
+    assert seen[0] and seen[1] == seen[0] == seen[2] and len(seen[0]) == 3
 
 
 def test_vae_is_causal_and_holds_no_state():
