@@ -552,6 +552,9 @@ class Log:
                     self.board.add_scalar(place + name, value, row["step"])
 
 
+LABELS = dict(facesim="FaceSim", judge="a second encoder's", motion="motion")
+
+
 def draw_curves(rows, before, now, path):
     """Draw a run: reward and KL over its steps (of the log's rows), and what it made of each held-out clip.
 
@@ -571,19 +574,20 @@ def draw_curves(rows, before, now, path):
     score.set(title="the samples of each step", xlabel="step", ylabel="mean cosine to the true clip's faces")
     score.legend()
     kl.set(title="how far it has moved", xlabel="step", ylabel="velocity KL to the untuned model")
-    names = dict(facesim="FaceSim, cosine to the input's face", motion="motion, face sizes a frame")
-    for axis, (name, label) in zip(held_out, names.items()):
-        for key, what in ((name, "face reward's encoder"), ("judge", "second encoder"))[: 1 + (name == "facesim")]:
+    for axis, name, unit in zip(held_out, ("facesim", "motion"), ("cosine to the input's face", "face sizes a frame")):
+        title = []
+        for key in (name, "judge") if name == "facesim" else (name,):
             pairs = [(a[key], b[key]) for a, b in zip(before, now) if None not in (a.get(key), b.get(key))]
             if pairs:
                 first, last = np.mean(pairs, 0)
-                higher = sum(b > a for a, b in pairs)
-                told = f"{what}: mean {first:.3g} to {last:.3g}, {higher} of {len(pairs)} up"
-                axis.plot(*zip(*pairs), ".", label=told)
+                title.append(f"{LABELS[key]}: {first:.3g} to {last:.3g}, higher in {sum(b > a for a, b in pairs)} of "
+                             f"{len(pairs)}")  # fmt: skip
+                axis.plot(*zip(*pairs), ".", label=LABELS[key])
         axis.axline((0, 0), slope=1, color="grey", linewidth=1)
         axis.autoscale_view()
-        axis.set(title="held-out clips, a dot each", xlabel=f"before: {label}", ylabel="now")
-        axis.legend(loc="upper left", fontsize="small")
+        axis.set(xlabel=f"before, {unit}", ylabel="now")
+        axis.set_title("\n".join(["held-out clips, a dot each", *title]), fontsize="medium")
+        axis.legend(loc="upper left")
     for axis in figure.axes:
         axis.grid(alpha=0.3)
     with whole_file(path) as part:
