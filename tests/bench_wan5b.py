@@ -1,12 +1,13 @@
 """The whole of Wan2.2-TI2V-5B, with random weights, from files to a clip: time and memory, on any machine.
 
-    python tests/bench_wan5b.py FOLDER --size 256x256 --frames 5 --steps 2
+    python tests/bench_wan5b.py FOLDER --size 256x256 --frames 5 --sampling_steps 2
 
 Writes the released layout into FOLDER, which must be empty and have 25 GB free: three bf16 shards with their index,
-Wan2.2_VAE.pth (fp32), models_t5_umt5-xxl-enc-bf16.pth and a word tokenizer; then runs sample.py on it as a person
-would (further options are passed on) and reports what the kernel counted; on a busy machine read the CPU seconds of
-all cores, not the clock. Also checks one A14B expert's header: shards of the right names and shapes whose data is a
-hole in the file. Delete FOLDER afterwards.
+Wan2.2_VAE.pth (fp32), models_t5_umt5-xxl-enc-bf16.pth and a word tokenizer, and two LoRAs, base.safetensors (rank 64,
+alpha 8, as a distilled one) and tuned.safetensors (rank 32). Then it runs sample.py on all of it as a person would
+(further options are passed on) and reports what the kernel counted; on a busy machine read the CPU seconds of all
+cores, not the clock. Also checks one A14B expert's header: shards of the right names and shapes whose data is a hole
+in the file. Delete FOLDER afterwards.
 """
 
 import json
@@ -78,6 +79,18 @@ def write_5b(folder):
     tokenizer.save(str(folder / "google/umt5-xxl/tokenizer.json"))
 
 
+def write_lora(path, rank, alpha, names):
+    """A LoRA of the 5B's blocks with random values, of `names` = (down, up)."""
+    tensors = {}
+    for name, p in blank(CONFIGS["wan5b"], "dit").named_parameters():
+        if name.startswith("blocks.") and p.dim() == 2 and name.endswith(".weight"):
+            module = "diffusion_model." + name.removesuffix(".weight")
+            for side, shape in zip(names, ((rank, p.shape[1]), (p.shape[0], rank))):
+                tensors[f"{module}.{side}.weight"] = (0.01 * torch.randn(shape)).bfloat16()
+            tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    save_file(tensors, path)
+
+
 def write_a14b_headers(folder):
     """An expert's six shards: whole headers, and data that takes no disk."""
     folder.mkdir()
@@ -106,6 +119,9 @@ def main():
         start = time.time()
         write_5b(folder)
         print(f"wrote {folder} in {time.time() - start:.0f} s")
+    if not (folder / "base.safetensors").exists():
+        write_lora(folder / "base.safetensors", 64, 8, ("lora_down", "lora_up"))
+        write_lora(folder / "tuned.safetensors", 32, 32, ("lora_A", "lora_B"))
     if not (folder / "high_noise_model").exists():
         write_a14b_headers(folder / "high_noise_model")
 
@@ -116,7 +132,8 @@ def main():
 
     Image.new("RGB", (320, 300), "grey").save(folder / "face.png")
     command = [sys.executable, "-u", ROOT / "sample.py", "--model", "wan5b", "--ckpt", folder, "--image",
-               folder / "face.png", "--prompt", "a man smiles", "--out", folder / "clip.mp4", *options]  # fmt: skip
+               folder / "face.png", "--prompt", "a man smiles", "--out", folder / "clip.mp4", "--base_lora",
+               folder / "base.safetensors", "--lora", folder / "tuned.safetensors", *options]  # fmt: skip
     start, most, last = time.time(), {"RssAnon": 0, "RssFile": 0, "both": 0}, ""
     with open(folder / "sample.log", "w") as log:
         child = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)

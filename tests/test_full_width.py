@@ -1,6 +1,6 @@
 """One IPRO step of the whole of Wan2.2-TI2V-5B on random weights, by hand:
 
-    python tests/bench_wan5b.py FOLDER --size 256x256 --frames 5 --steps 2
+    python tests/bench_wan5b.py FOLDER --size 256x256 --frames 5 --sampling_steps 2
     WAN5B=FOLDER pytest -s tests/test_full_width.py
 
 The first writes FOLDER (25 GB) and samples; the second takes minutes and 15 GB of memory.
@@ -43,11 +43,12 @@ def test_a_step_of_the_5b_model(tmp_path):
             shutil.copy(file, tmp_path / "clips" / split)
     (tmp_path / "step.py").write_text(STEP)
     model = ["--model", "wan5b", "--ckpt", os.environ["WAN5B"]]
-    clip = ["--frames", "5", "--size", "128x128"]
+    clip = ["--frames", "5", "--size", "128x128", "--max_face", "10000"]
     data = [REPO / "data.py", tmp_path / "clips", "--out", tmp_path / "data", *clip]
     step = [
         tmp_path / "step.py", "--data", tmp_path / "data", "--out", tmp_path / "out", "--steps", "2", "--batch", "1",
             "--window", "1", "--checkpointing", "--eval_clips", "1"]  # fmt: skip
+    step += ["--base_lora", Path(os.environ["WAN5B"]) / "base.safetensors"]
     for command in (data, step):
         subprocess.run([sys.executable, *map(str, command), *model], check=True)
     steps = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -549,6 +550,16 @@ def test_train_sample_and_eval_run(tmp_path, trained):
     clip, fps = read_video(tmp_path / "clip.mp4")
     assert clip.shape == (17, 128, 128, 3) and fps == 8
     assert np.abs(clip[0].astype(int) - face).mean() < 12  # the given frame, through VAE and H.264
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_gpus_runs_in_small_without_one():
+    done = run("tests/bench_gpu.py", "--only", "480p-offload", "14b-480p-offload", "decoder", cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    for name in ("480p-offload", "14b-480p-offload"):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(name)]
+        assert all(phase in line for phase in ("rollout", "decode", "window", "moving")), done.stdout
+    assert re.search(r"ours, decode_frames=4 +[0-9.]+ +[0-9.]+", done.stdout)
 
 
 @pytest.mark.slow
