@@ -77,7 +77,9 @@ class DataOptions:
     model: str = option("tiny", "preset", choices=tuple(CONFIGS))
     ckpt: str = option("", "folder with the model's weights; tiny ships its own")
     faces: str = option(str(ASSETS), "folder with a face detector and encoder, e.g. antelopev2")
-    workers: int = option(1, "processes, each with the networks in memory; torchrun starts more, on more machines", 1)
+    workers: int = option(
+        1, "processes, each with the networks in memory; torchrun starts more, on more machines", 1, 1024
+    )
     # which frames
     frames: int | None = option(None, "frames of a clip, 4n+1; default: the preset's", 1)
     size: tuple[int, int] | None = option(None, "HxW in pixels; default: the preset's")

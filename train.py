@@ -16,6 +16,7 @@ lora.safetensors (of all weights dit.safetensors), before_after.mp4; tensorboard
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -634,9 +635,17 @@ class HeldOut:
 # The run
 
 
-def check_clips(clips, options):
-    """Refuse a set that does not hold what the step reads."""
+BYTES_A_PIXEL = 250  # of a clip, that a step's graphs take at the least: 79 MB of 17 frames of 128x128
+
+
+def check_clips(clips, options, device):
+    """Refuse a set that does not hold what the step reads, and a micro-batch that the machine cannot hold."""
     cached, _ = clips.read(0)
+    needed = options.micro_batch * clips.rows[0]["frames"] * math.prod(clips.rows[0]["size"]) * BYTES_A_PIXEL
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cpu" and needed > memory:
+        raise UserError(f"--micro_batch {options.micro_batch}: takes {needed / 1e9:.0f} GB at least, this machine has "
+                        f"{memory / 1e9:.0f}; more micro-batches of fewer clips make the same --batch")  # fmt: skip
     if "pool" not in cached:
         raise UserError(f"--data {options.data}: it holds no faces; make the set again with data.py")
     if options.people == "all" and cached["pool"].dim() == 2:
@@ -681,7 +690,7 @@ def main():
     torch.manual_seed(options.seed)  # of the LoRA, the same on every rank
     clips = Clips(options.data, "train", device, options.model, options.moving)
     unseen = Clips(options.data, "heldout", device, options.model)
-    check_clips(clips, options)
+    check_clips(clips, options, device)
     tuning = prepare(options, device)
     clips.check_encoder(tuning.reward.encoder)
     tuning.judge = Judge(options.judge, clips, device) if options.judge else None

@@ -67,6 +67,8 @@ MISTAKES = [
     ("train.py", ["--frames", "81"], "--frames"),
     ("train.py", ["--lora_rank", "1000000"], "more than the model's width"),
     ("train.py", ["--steps", "1000000000"], "at most 999999"),
+    ("train.py", ["--batch", "1000000", "--micro_batch", "1000000"], "takes 69632 GB at least, this machine has"),
+    ("data.py", ["clips", "--out", "made", "--workers", "1000000"], "--workers 1000000: at most 1024"),
     ("train.py", ["--out", "broken", "--resume"], "options.json: not readable"),
     ("train.py", ["--out", "listed", "--resume"], "options.json: not readable"),
     ("train.py", ["--out", "foreign", "--resume"], "another version of train.py, it has colour"),

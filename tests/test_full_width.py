@@ -43,7 +43,7 @@ def test_a_step_of_the_5b_model(tmp_path):
             shutil.copy(file, tmp_path / "clips" / split)
     (tmp_path / "step.py").write_text(STEP)
     model = ["--model", "wan5b", "--ckpt", os.environ["WAN5B"]]
-    clip = ["--frames", "5", "--size", "128x128", "--max_face", "10000"]
+    clip = ["--frames", "5", "--size", "128x128", "--max_face", "10000", "--low_fps", "repeat"]
     data = [REPO / "data.py", tmp_path / "clips", "--out", tmp_path / "data", *clip]
     step = [
         tmp_path / "step.py", "--data", tmp_path / "data", "--out", tmp_path / "out", "--steps", "2", "--batch", "1",
