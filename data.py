@@ -482,7 +482,7 @@ def find_videos(folder):
 
 
 def list_items(source, pairs=False):
-    """What there is to prepare, from a folder, a .csv or a .jsonl. UserError where that cannot be read."""
+    """List the items to prepare, of a folder, a .csv or a .jsonl. UserError where that cannot be read."""
     source, column = Path(source), "image" if pairs else "video"
     if not source.exists():
         raise UserError(f"{source}: no such folder or file")
@@ -558,7 +558,7 @@ def spans_of(start, end, options):
 
 
 def spans_to_try(networks, item, options, fps):
-    """What of a video is tried: yields (start frame, how many frames are repeated, its frames as functions)."""
+    """Yield the spans of a video: (start frame, how many frames are repeated, its frames as functions)."""
     began = time.perf_counter()
     shots, repeated = survey(item.path, fps)
     networks.add("find cuts", time.perf_counter() - began, len(repeated))

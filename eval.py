@@ -341,7 +341,7 @@ def list_jobs(clips, rows, versions, seeds):
 
 
 def is_whole(path, shape):
-    """Does an mp4's header, which is written last, say that it holds frames of `shape` = (F, H, W)?"""
+    """Return whether an mp4's header, which is written last, declares frames of `shape` = (F, H, W)."""
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -610,8 +610,8 @@ def make_folder(options, tuned):
 
 
 def person_of(row, options):
-    """Who a clip shows: what the set says, or else --person's match in the clip's name, or else its name, of which what
-    follows an `@` says which part of a video it is."""
+    """Return whom a clip shows: the set's `person`, else --person's match in the clip's name, else the name up to `@`,
+    after which it says which part of a video the clip is."""
     pattern = options.person or (r"^.*(?=_\d+$)" if options.model == "tiny" else "^[^@]*")
     found = re.search(pattern, row["clip"])
     return row.get("person") or (found[0] if found else row["clip"])

@@ -346,7 +346,7 @@ HACKED = (
 
 
 def hacking(options, frames, picture, fps):
-    """Does the model behind --vlm call a clip's face forced? dict(hacked=1.0, 0.0, or None, unclear=0.0 or 1.0).
+    """Ask the model behind --vlm if a clip's face is forced: dict(hacked=1.0, 0.0, or None, unclear=0.0 or 1.0).
 
     frames: uint8 [F, H, W, 3], of which seven are shown; picture: uint8 [H, W, 3]. UserError where it does not answer.
     """

@@ -679,7 +679,7 @@ class FrozenConv(torch.autograd.Function):
 
 
 def convolve(x, weight, bias=None, stride=1, padding=0):
-    """`conv_nd`, and `FrozenConv` where only x wants a gradient."""
+    """Convolve; where only x wants a gradient the graph keeps no input (`FrozenConv`)."""
     if x.requires_grad and not weight.requires_grad:
         return FrozenConv.apply(x, weight, bias, stride, padding)
     return conv_nd(x, weight, bias, stride, padding)
@@ -1100,13 +1100,14 @@ class Experts(nn.Module):
         self.cfg, self.boundary, self.load, self.keep, self.offload = cfg, boundary, load, keep, False
 
     def expert(self, name):
+        """Return the expert of that name; it is loaded on first use."""
         if name not in self._modules:
             if not self.keep:
                 self._modules.clear()
             self.add_module(name, self.load(name))
         return self._modules[name]
 
-    def bring(self, name, device):
+    def move_expert(self, name, device):
         """The expert of that name, with `offload` on the device and the other one on the host."""
         expert = self.expert(name)
         if self.offload and not sharded(self):
@@ -1115,7 +1116,7 @@ class Experts(nn.Module):
         return expert
 
     def forward(self, x, t, context, y=None):
-        expert = self.bring("high" if float(t.max()) >= 1000 * self.boundary else "low", x.device)
+        expert = self.move_expert("high" if float(t.max()) >= 1000 * self.boundary else "low", x.device)
         return expert(x, t, context, y)
 
 

@@ -565,7 +565,8 @@ def link_identities(frames, likeness=0.3):
     """Link faces into identities over time: embeddings [n_f, D] of each frame to the identity number of each.
 
     Identities start in the first frame that shows faces. A later frame's faces go to those identities that make the
-    sum of cosines to the identities' means largest (Hungarian method); one less like than `likeness` is a new one.
+    sum of cosines to the identities' means largest (Hungarian method); a face whose cosine is below `likeness` starts
+    a new one.
     """
     sums, numbers = [], []
     for embeddings in frames:
@@ -585,7 +586,7 @@ def link_identities(frames, likeness=0.3):
 
 
 def assign_identities(embeddings, clip, frame, anchors):
-    """Which face is whose: the rows of the faces that are someone's [m], and the identity that each is [m].
+    """Match faces to identities: returns the rows of the matched faces [m], and the identity of each [m].
 
     embeddings [n, D] of faces with clip and frame numbers [n]; anchors [B, P, D], the identities of each clip (zero:
     none). Within a frame the sum of cosines is made largest (Hungarian method, on detached values).

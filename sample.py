@@ -363,7 +363,7 @@ class SampleOptions:
 
 
 def sampling_assumptions(model, solver, steps, shift, cfg, base_lora):
-    """What a program takes for granted of a model's weights, as one line; that they are distilled, no file tells."""
+    """One line: the sampler, and whether --ckpt must hold distilled weights, which no file tells."""
     guidance = "no guidance" if cfg == 1 else f"guidance {cfg:g}"
     distilled = f"base LoRA {base_lora}" if base_lora else "no base LoRA"
     if cfg == 1 and not base_lora:

@@ -385,14 +385,14 @@ def shard(dit):
 
 
 def sync(path):
-    """When this returns, a file's data, or a folder's list of names, are on the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
 def training_state(model, optimizer):
-    """What a checkpoint holds: tuned weights and Adam's moments by parameter name, which any number of ranks can read.
+    """Return the tuned weights and Adam's moments by parameter name, which any number of ranks can read.
 
     No random state: clips and noise follow from seed and step.
     """
@@ -488,7 +488,7 @@ def load_checkpoint(path, tuning, optimizer):
 
 
 def export_weights(tuning, path):
-    """What other programs read of a tuned model: path/lora.safetensors, or all weights as path/dit.safetensors."""
+    """Write path/lora.safetensors, or with --lora_rank 0 path/dit.safetensors, for other programs."""
     rank, _ = rank_and_ranks()
     if tuning.options.lora_rank:
         if rank == 0:
@@ -538,7 +538,7 @@ class Log:
             pass
 
     def has_held_out(self, step):
-        """Does the log hold the held-out clips' metrics after so many steps? The same answer on every rank."""
+        """Return, alike on every rank, whether the log holds the held-out clips' metrics after so many steps."""
         return any(gathered([any("held_out" in row for row in self.rows if row["step"] == step)]))
 
     def write(self, row):

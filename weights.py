@@ -99,6 +99,7 @@ def open_pickle(path):
 
 
 def is_shard(path):
+    """Return whether a file's name is that of one of several shards."""
     return re.search(r"-\d+-of-\d+$", path.stem) is not None
 
 
@@ -217,7 +218,7 @@ def spread_scale(scale, shape):
 
 
 def scale_fits(checkpoint, name):
-    """False for an fp8 tensor whose scale is lost, or is no number a tensor, a row or a block."""
+    """True unless an fp8 tensor's scale is lost, or is no number a tensor, a row or a block."""
     if checkpoint.precisions.get(name) != "fp8":
         return True
     scale, shape = checkpoint.scale(name), checkpoint.shapes[name]
@@ -656,7 +657,7 @@ def parse_loras(text, preset, option="--lora"):
         counts = range(1, len(pieces) + 1)
         count, item = next(((n, item) for n in counts if (item := lora_item(",".join(pieces[:n])))), (1, None))
         if item is not None:
-            loras += place_lora(*item, preset, option)
+            loras += assign_expert(*item, preset, option)
         elif pieces[0]:
             raise UserError(f"{option} {pieces[0]}: no such file; it is [high=|low=]FILE[:STRENGTH], comma-separated")
         del pieces[:count]
@@ -674,7 +675,7 @@ def lora_item(text):
     return None
 
 
-def place_lora(part, path, strength, preset, option):
+def assign_expert(part, path, strength, preset, option):
     """The `Lora`s of one file, by the expert that was given, or that the file's names, header or own name tell."""
     if preset.boundary is None:
         if part:
@@ -696,7 +697,7 @@ def place_lora(part, path, strength, preset, option):
 # A preset's networks, found in a folder and loaded
 
 # network: where it may lie in a folder, by the names of this repository, native, Diffusers' and ComfyUI's
-PLACES = {
+PATHS = {
     "dit": ("dit.safetensors", "transformer", "."),
     "high": ("high_noise_model", "transformer"),
     "low": ("low_noise_model", "transformer_2"),
@@ -706,7 +707,7 @@ PLACES = {
              "text_encoder"),
     "tokenizer": ("tokenizer.json", "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"),
 }  # fmt: skip
-NAMES = dict(dit="transformer", high="high-noise expert", low="low-noise expert", vae="VAE", text="text encoder")
+TITLES = dict(dit="transformer", high="high-noise expert", low="low-noise expert", vae="VAE", text="text encoder")
 DOWNLOAD = {
     "tiny": "the tiny model's weights ship with the repository, or come from: python assets/build.py",
     "wan5b": "diffusion_pytorch_model*.safetensors with their index, Wan2.2_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth "
@@ -765,8 +766,8 @@ def find_parts(name, folder):
 
     wanted = ["dit"] if preset.boundary is None else ["high", "low"]
     wanted += ["vae", "text", "tokenizer"]
-    parts = {p: next((folder / place for place in PLACES[p] if holds(folder / place)), None) for p in wanted}
-    lost = {p: expected(preset, p) if p in NAMES else "" for p in wanted if parts[p] is None}
+    parts = {p: next((folder / place for place in PATHS[p] if holds(folder / place)), None) for p in wanted}
+    lost = {p: expected(preset, p) if p in TITLES else "" for p in wanted if parts[p] is None}
     found = {}
     for path in sorted(path for kind in FILES for path in folder.rglob(kind)) if lost else ():
         if is_shard(path) or path in parts.values():
@@ -779,7 +780,7 @@ def find_parts(name, folder):
                     both = f"{parts[part].name} and {path.name}"
                     raise UserError(f"--ckpt {folder}: {both} are both {lost[part]}; keep one")
                 parts[part] = path
-    lost = [NAMES.get(p, "tokenizer.json") for p in wanted if parts[p] is None]
+    lost = [TITLES.get(p, "tokenizer.json") for p in wanted if parts[p] is None]
     if lost:
         has = ", ".join(f"{is_it} ({path.relative_to(folder)})" for path, is_it in found.items())
         has = f" (this is {has})" if has else ""
@@ -806,7 +807,7 @@ def add_own_loras(module, part, loras, add):
         if lora.part == part:
             layers, unmatched = add(module, lora.path, lora.strength, part)
             how = "merged into" if add is merge_lora else "beside"
-            found = f"{how} {layers} layers of the {NAMES[part]}, strength {lora.strength:g}"
+            found = f"{how} {layers} layers of the {TITLES[part]}, strength {lora.strength:g}"
             print(f"{lora.path}: {found}; {len(unmatched)} names unmatched", flush=True)
 
 
@@ -832,7 +833,7 @@ class Wan:
         self.loras, self.base_loras, self.networks, self.offload = loras, base_loras, {}, False
         self.paths = find_parts(name, ckpt or self.preset.folder)
         for part, path in self.paths.items():
-            if part in NAMES:
+            if part in TITLES:
                 match(blank(self.preset, part), Checkpoint(path), expected(self.preset, part))
         if "high" in self.paths:
             check_experts(self.paths["high"], self.paths["low"])
@@ -853,6 +854,7 @@ class Wan:
         return self.dit.expert("low") if isinstance(self.dit, Experts) else self.dit
 
     def network(self, part):
+        """Return the network of that name; it is loaded on first use."""
         if part not in self.networks:
             if not self.keep:
                 self.networks.clear()
@@ -879,7 +881,7 @@ class Wan:
             module.compute_dtype = self.compute_dtype
         if not self.preset.shipped:
             kind = f"{done.tensors} tensors, {done.precision}, {done.layout}"
-            print(f"{NAMES[part]}: {kind}: {self.paths[part]}", flush=True)
+            print(f"{TITLES[part]}: {kind}: {self.paths[part]}", flush=True)
         add_own_loras(module, part, self.base_loras, merge_lora)
         add_own_loras(module, part, self.loras, attach_lora)
         return module.eval().requires_grad_(False)
@@ -898,7 +900,7 @@ class Wan:
             if isinstance(network, Experts) and part in parts:
                 network.offload = True
                 if "tuned" in parts:
-                    network.bring("low", self.device)
+                    network.move_expert("low", self.device)
             elif not sharded(network):
                 move_frozen(network, self.device if part in parts else "cpu")
 
