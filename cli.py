@@ -2,7 +2,7 @@
 
 A program's options are the fields of one dataclass. A field says its type, default, unit, bounds and choices in one
 place, `option`, from which --help, the parser and the checks follow. What a person can mend is a `UserError`: one
-line on the terminal, exit status 2, nothing written.
+line on the terminal and exit status 2.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def parse_options(cls, argv=None, doc=None, positional=()):
     return cls(**given_options(cls, argv, doc, positional))
 
 
-# errors of the operating system that a person can mend
+# Errors of the operating system that a person can mend, by making room or otherwise
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 MENDABLE = *FULL, errno.EROFS, errno.EACCES, errno.EPERM
 
@@ -183,8 +183,9 @@ def whole_file(path):
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        code = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
-        code = int(code[1]) if code else getattr(error, "errno", None)
+        code = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+            code = int(found[1])  # which it tells in its text only
         if code is None:
             raise
         raise OSError(code, os.strerror(code), str(path)) from None

@@ -361,8 +361,9 @@ def input_picture(out, clips, job):
     """The picture that a job's clip starts from, uint8 [H, W, 3]; it is kept in --out/input."""
     path = out / "input" / f"{job.name}.png"
     if not path.exists():
+        picture = Image.fromarray(clips.video(job.row)[0])
         with whole_file(path) as part:
-            Image.fromarray(clips.video(job.row)[0]).save(part, "PNG")
+            picture.save(part, "PNG")
     return np.asarray(Image.open(path))
 
 

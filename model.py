@@ -1040,13 +1040,14 @@ class HostInput(types.SimpleNamespace):
 class HostInputs:
     """Keeps block inputs for the backward pass in pinned memory of the host; give `hooks` to WanDiT.saved_inputs.
 
-    Copies go over a stream of their own: out while the next block runs, back while the block after it in the backward
-    pass is at work. A buffer is used again when the graph has let its tensor go. Without CUDA, a plain copy.
+    Copies go over a stream of their own: out while the next block runs, and back during the backward pass of the block
+    after it, which comes first. A buffer is used again when the graph has let its tensor go. Without CUDA a plain copy.
     """
 
     def __init__(self):
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-        self.free, self.newest = {}, None  # buffers by (shape, dtype); the input that was kept last
+        self.free = {}  # buffers by (shape, dtype)
+        self.newest = lambda: None  # a weak reference to the input that was kept last
 
     def hooks(self):
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
@@ -1058,7 +1059,7 @@ class HostInputs:
     def pack(self, x):
         free = self.free.setdefault((x.shape, x.dtype), [])
         buffer = free.pop() if free else torch.empty(x.shape, dtype=x.dtype, pin_memory=self.stream is not None)
-        kept = HostInput(buffer=buffer, device=x.device, back=None, before=self.newest or (lambda: None))
+        kept = HostInput(buffer=buffer, device=x.device, back=None, before=self.newest)
         weakref.finalize(kept, free.append, buffer)
         self.newest = weakref.ref(kept)
         if self.stream:

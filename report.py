@@ -224,8 +224,9 @@ def write_report(results, out):
         strips.append([(row["version"], v) for row, v in zip(rows, videos) if row["version"] != "still"])
         strips = [strips[0], strips[-1]] if len(strips) > 1 else strips  # the frames of no more than these stay
     if strips:
+        picture = over_time([pair for strip in strips for pair in strip])
         with whole_file(out / "over_time.webp") as part:
-            over_time([pair for strip in strips for pair in strip]).save(part, "WEBP", quality=90)
+            picture.save(part, "WEBP", quality=90)
     shown = {name: value for name, value in results.items() if name != "clips"} | dict(cases=cases)
     tables = dict(table_1=TABLE_1, faces=FACES, motion=MOTION, columns=METRICS, better=BETTER, controls=CONTROLS)
     write_page("report.html", shown | tables, out / "report.html")

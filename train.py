@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.profiler import record_function
@@ -439,7 +438,7 @@ def save_checkpoint(folder, step, tuning, optimizer):
         fault = None
         try:
             stage()
-        except (OSError, RuntimeError, UserError, SafetensorError, dcp.api.CheckpointException) as error:
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
             fault = (str(error).strip() or type(error).__name__).splitlines()[-1]
         faults = [f for f in gathered([fault]) if f is not None]
         if faults:
@@ -657,11 +656,19 @@ def announcement(tuning, clips, unseen, ranks, device):
     options, tuned = tuning.options, [p for p in tuning.tuned.parameters() if p.requires_grad]
     what = f"a LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     cores = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    yield (f"tuning {what} of {options.model} ({sum(p.numel() for p in tuned) / 1e6:.1f} M numbers) for "
+    yield (f"tuning {what} of {options.model} ({sum(p.numel() for p in tuned) / 1e6:.1f} M parameters) for "
            f"{options.steps} steps of {options.batch} of {len(clips)} clips, on {ranks} x {cores}; face detector on "
            f"{tuning.reward.detector.provider}")  # fmt: skip
     yield (f"before and after, {min(options.eval_clips, len(unseen))} held-out clips are sampled; what comes out is in "
            f"{options.out}/; stopped, the run goes on by --resume")  # fmt: skip
+
+
+def time_left(options, step, step_seconds, sampling_seconds):
+    """How long a run goes on after its first step, as a line: by that step, and one sampling of the held-out clips."""
+    steps = options.steps - step - 1
+    samplings = 1 + (steps // options.watch_every if options.watch_every else 0)
+    minutes = max(1, round((steps * step_seconds + samplings * sampling_seconds) / 60))
+    return f"about {minutes} min to go: {steps} more steps, the held-out clips {samplings} x"
 
 
 def make_folder(options, out):
@@ -720,15 +727,8 @@ def main():
         clock = time.perf_counter()
         line = optimisation_step(tuning, clips, step, micro_batches, optimizer)
         log.write(dict(step=step, **line, seconds=round(time.perf_counter() - clock, 3)))
-        if step == start:
-            left = options.steps - start - 1
-            again = 1 + (left // options.watch_every if options.watch_every else 0)
-            minutes = (left * (time.perf_counter() - clock) + again * held_out.seconds) / 60
-            tqdm.write(
-                f"about {max(1, round(minutes))} min to go: {left} steps like this one, then the held-out clips"
-                f"{f', {again} times in all' * (again > 1)}",
-                file=sys.stdout,
-            ) if rank == 0 else None
+        if step == start and rank == 0:
+            tqdm.write(time_left(options, step, time.perf_counter() - clock, held_out.seconds), file=sys.stdout)
         bar.set_postfix({k: f"{line[k]:.3f}" for k in ("reward", "kl")})
         skipped = skipped + 1 if line["skipped"] else 0
         steps_taken += not line["skipped"]

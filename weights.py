@@ -484,18 +484,14 @@ def plain_name(name):
 def lora_alpha(checkpoint, prefix):
     """The alpha that PEFT keeps in an adapter_config.json beside its file, and Diffusers in the header under a prefix,
     "transformer" or "transformer_2"; else None."""
-    file, settings = checkpoint.files[0], "{}"
-    beside = file.with_name("adapter_config.json")
-    beside_it = file.name.startswith("adapter_model") and beside.is_file()
-    if beside_it:
-        settings = beside.read_text()
-    elif "lora_adapter_metadata" in checkpoint.metadata:
-        settings = checkpoint.metadata["lora_adapter_metadata"]
+    beside = checkpoint.files[0].with_name("adapter_config.json")
+    alone = checkpoint.files[0].name.startswith("adapter_model") and beside.is_file()
+    settings = beside.read_text() if alone else checkpoint.metadata.get("lora_adapter_metadata", "{}")
     try:
         config = dict(json.loads(settings))
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{checkpoint.path}: its PEFT settings are not JSON; download it again") from None
-    if not beside_it:
+    if not alone:
         config = {k.removeprefix(prefix + "."): v for k, v in config.items() if k.startswith(prefix + ".")}
     odd = [k for k in ("alpha_pattern", "use_rslora", "use_dora") if config.get(k)]
     if odd:

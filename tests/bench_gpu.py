@@ -1,6 +1,6 @@
 """A training step on this machine's GPU: memory beside the plan's, seconds by phase, and the parts against diffusers'.
 
-    python tests/bench_gpu.py                          every case and part; 6 to 8 minutes on an H200
+    python tests/bench_gpu.py                          every case and part
     python tests/bench_gpu.py --only 720p-offload --card 24        with the process limited to 23.0 GB
     python tests/bench_gpu.py --seconds 300            begins nothing that would end later
 
@@ -41,7 +41,7 @@ CUDA = DEVICE.type == "cuda"
 LOW = torch.bfloat16 if CUDA else torch.float32
 CHECKPOINTED = dict(checkpointing=True, decode_frames=4)
 OFFLOADED = CHECKPOINTED | dict(offload=True, face_window=4)
-CASES = {  # name: (preset, clip, switches, seconds that it took on an H200, of which --seconds is reckoned)
+CASES = {  # name: (preset, clip, switches, seconds that --seconds allows it: two steps as measured on an H200, and a start)
     "480p": ("wan5b", (480, 480, 81), CHECKPOINTED, 40),
     "480p-offload": ("wan5b", (480, 480, 81), OFFLOADED, 50),
     "480p-compile": ("wan5b", (480, 480, 81), CHECKPOINTED | dict(compile=True), 80),
