@@ -41,7 +41,7 @@ CUDA = DEVICE.type == "cuda"
 LOW = torch.bfloat16 if CUDA else torch.float32
 CHECKPOINTED = dict(checkpointing=True, decode_frames=4)
 OFFLOADED = CHECKPOINTED | dict(offload=True, face_window=4)
-CASES = {  # name: (preset, clip, switches, seconds that --seconds allows it: two steps as measured on an H200, and a start)
+CASES = {  # name: (preset, clip, switches, seconds to allow: two steps as measured on an H200, and a start)
     "480p": ("wan5b", (480, 480, 81), CHECKPOINTED, 40),
     "480p-offload": ("wan5b", (480, 480, 81), OFFLOADED, 50),
     "480p-compile": ("wan5b", (480, 480, 81), CHECKPOINTED | dict(compile=True), 80),
