@@ -13,6 +13,10 @@ DIR receives index.jsonl (a line a kept clip), rejected.jsonl (a line a refused 
 and cache/ (a clip's pool, the first frame's latent or A14B's y, the prompt's context). train.py and eval.py read it.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: its threads wait without spinning for long
+
 import base64
 import codecs
 import concurrent.futures
@@ -26,7 +30,6 @@ import html
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import string
 import threading

@@ -15,11 +15,14 @@ stopped run goes on where it was when it is started again. Means are over people
 are compared clip by clip; seeds are repeats of a person. Writes results.json (every clip) and report.html into --out.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: its threads wait without spinning for long
+
 import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import typing
 from dataclasses import dataclass

@@ -10,9 +10,12 @@ last K of N steps only (IPRO, arXiv 2510.14255, section 3; DRaFT's truncation, a
 time: exactly the truncated chain's gradient, with the memory of one step whatever K is.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: its threads wait without spinning for long
+
 import functools
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 

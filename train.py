@@ -13,11 +13,14 @@ A LoRA is tuned by plain data parallelism (gradients are summed over the ranks o
 lora.safetensors (of all weights dit.safetensors), before_after.mp4; tensorboard/ where that is installed.
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read as torch is imported: its threads wait without spinning for long
+
 import dataclasses
 import functools
 import json
 import math
-import os
 import shutil
 import signal
 import sys
